@@ -1,0 +1,97 @@
+"""Clipped AdamW over one flat buffer: gradient norm, clip factor, update and low-precision copy, with no host synchronisation.
+
+With every parameter a view of one buffer, the optimizer is two sweeps over memory: one for the norm, one for the update. Step,
+learning rate and clip limit are device tensors, so the whole of it can be captured in a graph and replayed with other values.
+A step whose norm (or loss) is not finite leaves weights, moments and step count as they are and raises a flag on the device.
+
+Formulae: `torch.nn.utils.clip_grad_norm_` (factor = min(1, limit / (norm + 1e-6))) and AdamW with decoupled weight decay
+(Loshchilov & Hutter, 2019) as in `torch.optim.AdamW`.
+"""
+
+import torch
+from torch import Tensor
+
+from fastpoem_kernels.dispatch import runs_triton
+
+BLOCK = 4096  # elements a partial sum covers: short enough for float32, a whole number of vectors
+
+
+def clipped_adamw_(
+    param: Tensor,  # (P,) float32
+    grad: Tensor,  # (P,) float32 or bfloat16
+    exp_avg: Tensor,  # (P,) float32
+    exp_avg_sq: Tensor,  # (P,) float32
+    *,
+    step: Tensor,  # () float32
+    lr: Tensor,  # () float32
+    max_norm: Tensor,  # () float32
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    loss: Tensor | None = None,  # ()
+    low_precision: Tensor | None = None,  # (P,) bfloat16
+) -> tuple[Tensor, Tensor]:
+    """One optimizer step in place; returns the gradient's L2 norm before clipping (0-D float32) and `skipped` (0-D bool).
+
+    `step` counts the steps applied and is advanced here. `skipped`: the norm or `loss` was not finite and nothing changed.
+    `low_precision` receives the rounded weights. On the CPU a float32 `grad` may be left clipped; its content is spent.
+    """
+    flat = [param, grad, exp_avg, exp_avg_sq, *([] if low_precision is None else [low_precision])]
+    if any(t.shape != (param.numel(),) or not t.is_contiguous() for t in flat):
+        raise ValueError(f"flat contiguous tensors of one length expected, got {[[*t.shape] for t in flat]}")
+    if any(t.dtype != torch.float32 for t in (param, exp_avg, exp_avg_sq, step, lr, max_norm)):
+        raise TypeError("weights, moments, step, lr and max_norm must be float32")
+    if any(t.shape != () for t in (step, lr, max_norm)):
+        raise ValueError("step, lr and max_norm must be 0-D tensors")
+    if grad.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"float32 or bfloat16 gradient expected, got {grad.dtype}")
+    return _clipped_adamw(
+        param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay
+    )
+
+
+@torch.library.custom_op(
+    "fastpoem::clipped_adamw_", mutates_args=("param", "grad", "exp_avg", "exp_avg_sq", "step", "low_precision")
+)
+def _clipped_adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    max_norm: Tensor,
+    loss: Tensor | None,
+    low_precision: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    norm = _norm(grad)
+    finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    step.add_(finite)
+    if finite:
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        torch._fused_adamw_(
+            [param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step],
+            lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+            grad_scale=factor.reciprocal() if factor < 1 else None,
+        )  # fmt: skip
+    if low_precision is not None:
+        low_precision.copy_(param)
+    return norm, ~finite
+
+
+def _norm(grad: Tensor) -> Tensor:
+    """L2 norm from sums over fixed blocks, added in float64: the same for any number of threads, and exact to float32."""
+    whole = grad.numel() - grad.numel() % BLOCK
+    blocks = torch.linalg.vector_norm(grad[:whole].view(-1, BLOCK), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(grad[whole:], dtype=torch.float32)
+    return torch.cat([blocks, rest[None]]).double().norm().float()
+
+
+@_clipped_adamw.register_fake
+def _(param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay):
+    return param.new_empty(()), param.new_empty((), dtype=torch.bool)
