@@ -1,0 +1,317 @@
+"""From a text to a token store, in two passes and in memory that does not grow with the corpus.
+
+Pass 1 tokenizes block after block into a ragged spill on disk and counts lengths; then the buckets are chosen; pass 2
+scatters the spill into one rectangle a bucket. Everything happens in a hidden folder beside the goal, is flushed to
+disk, and takes the goal's name by one rename: under that name there is a whole store or none.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fastpoem.corpus.buckets import choose_buckets
+from fastpoem.corpus.manifest import (
+    FORMAT,
+    MANIFEST,
+    MAX_BUCKETS,
+    MAX_LENGTH,
+    ROW_MAP,
+    VERSION,
+    bucket_files,
+    expected_sizes,
+    file_hash,
+    is_store,
+    sealed,
+)
+from fastpoem.corpus.read import read_blocks, source_files
+from fastpoem.corpus.tokenize import EncodeStats, PoemTokenizer
+from fastpoem.errors import InputError
+
+CHUNK_TOKENS = 1 << 20  # of the spill, at a time
+KEPT_UNKNOWN = 50
+TEMPORARY = ".fastpoem-making-"
+LOCK = "lock"
+
+
+def make_store(
+    source: Path,
+    tokenizer: PoemTokenizer,
+    out: Path,
+    max_length: int,
+    buckets: int,
+    convert: str | None,
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Write the store of `source` at `out`; `fastpoem.corpus.store.prepare_store` says what the rest means."""
+    with _making(out) as folder:
+        before = source_digest(source)
+        manifest = _make(source, tokenizer, folder, max_length, buckets, convert, progress)
+        if source_digest(source) != before:
+            raise InputError(source, "changed while it was read", "prepare again when nothing writes to it")
+        manifest["source"] |= before
+        with open(folder / MANIFEST, "wb") as stream:
+            stream.write(sealed(manifest))
+            _flush(stream)
+        (folder / LOCK).unlink()
+        _flush_folder(folder)
+        _publish(folder, out)
+
+
+def check_settings(max_length: int, buckets: int) -> None:
+    """Refuse what cannot be (NaN, fractions and strings too). Raises InputError."""
+    for flag, value, least, most in (
+        ("--max-length", max_length, 2, MAX_LENGTH),
+        ("--buckets", buckets, 1, MAX_BUCKETS),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise InputError(f"{flag} {value}", f"is not a whole number from {least} to {most}", "choose one")
+
+
+def check_goal(out: Path) -> None:
+    """Refuse, before any work, a goal that is something else than a store or cannot be written. Raises InputError."""
+    try:
+        if os.path.lexists(out) and not is_store(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise InputError(out, "exists and is not a token store", "choose another --out or remove it")
+    except OSError as error:
+        raise InputError(out, f"cannot be read ({error.strerror})", "choose another --out") from None
+    parent = out.resolve().parent
+    if not writable(parent):
+        raise InputError(out, f"cannot be written: no permission to write in {parent}", "choose another --out")
+
+
+def source_digest(source: Path) -> dict[str, Any]:
+    """{"name", "size", "sha256"} of the bytes of a text, or of all files of a collection and their names."""
+    files = source_files(source)
+    size = sum(path.stat().st_size for path in files)
+    if not source.is_dir():
+        return {"name": source.name, "size": size, "sha256": file_hash(source)}
+    total = hashlib.sha256()
+    for path in files:
+        total.update(f"{path.relative_to(source)}\0{file_hash(path)}\n".encode())
+    return {"name": source.resolve().name, "size": size, "sha256": total.hexdigest()}
+
+
+def _make(
+    source: Path,
+    tokenizer: PoemTokenizer,
+    folder: Path,
+    max_length: int,
+    count: int,
+    convert: str | None,
+    progress: Callable[[int], None] | None,
+) -> dict[str, Any]:
+    """Write all of a store but its manifest into `folder`, and return the manifest."""
+    histogram = np.zeros(max_length + 1, np.int64)
+    stats, rows, blank = EncodeStats(), 0, 0
+    names = [folder / f"spill.{part}" for part in ("tokens", "lengths", "hashes")]
+    with open(names[0], "wb") as tokens, open(names[1], "wb") as lengths, open(names[2], "wb") as hashes:
+        for block in read_blocks(source, convert=convert):
+            blank += block.blank
+            if not block.lines:
+                continue
+            ids, sizes, found = tokenizer.encode(block.lines, max_length)
+            ids.astype(tokenizer.dtype.newbyteorder("<"), copy=False).tofile(tokens)
+            sizes.astype("<u2").tofile(lengths)
+            # Siphash with this process's random key: as good as any 64 bits, and it costs nothing.
+            np.fromiter(map(hash, block.lines), np.int64, len(block.lines)).tofile(hashes)
+            histogram += np.bincount(sizes, minlength=max_length + 1)
+            stats.add(found)
+            rows += len(block.lines)
+            if progress:
+                progress(rows)
+    edges = choose_buckets(histogram, count)
+    files = _scatter(names[0], names[1], folder, edges, tokenizer)
+    duplicates = _duplicates(names[2], rows)
+    for name in names:
+        name.unlink()
+    bucket_of = np.searchsorted(edges, np.arange(max_length + 1))
+    table = [[edge, int(histogram[bucket_of == index].sum())] for index, edge in enumerate(edges)]
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": tokenizer.dtype.newbyteorder("<").str,
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "pad": tokenizer.pad_id,
+            "cls": tokenizer.cls_id,
+            "sep": tokenizer.sep_id,
+            "unk": tokenizer.unk_id,
+        },
+        "max_length": max_length,
+        "source": {"convert": convert},
+        "counts": {
+            "rows": rows,
+            "tokens": int(histogram @ np.arange(max_length + 1)),
+            "blank": blank,
+            "truncated": stats.truncated,
+            "unknown": stats.unknown.total(),
+            "duplicates": duplicates,
+        },
+        "histogram": [[int(length), int(histogram[length])] for length in np.flatnonzero(histogram)],
+        "unknown": [[text, number] for text, number in stats.unknown.most_common(KEPT_UNKNOWN)],
+        "buckets": table,
+    }
+    sizes = expected_sizes(manifest)
+    return manifest | {"files": {name: {"size": sizes[name], "sha256": files[name]} for name in sizes}}
+
+
+def _scatter(
+    tokens_path: Path, lengths_path: Path, folder: Path, edges: tuple[int, ...], tokenizer: PoemTokenizer
+) -> dict[str, str]:
+    """Deal the ragged rows of the spill out to the buckets' files; return each file's sha256."""
+    little = tokenizer.dtype.newbyteorder("<")
+    hashes: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        row_map = stack.enter_context(_Hashed(folder / ROW_MAP))
+        files = [
+            tuple(stack.enter_context(_Hashed(folder / name)) for name in bucket_files(index))
+            for index in range(len(edges))
+        ]
+        tokens, lengths_file = (
+            stack.enter_context(open(tokens_path, "rb")),
+            stack.enter_context(open(lengths_path, "rb")),
+        )
+        for lengths in _row_chunks(lengths_file):
+            ragged = np.fromfile(tokens, little, int(lengths.sum(dtype=np.int64)))  # rows one after another
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            which = np.searchsorted(edges, lengths).astype(np.uint8)  # (rows,)
+            row_map.write(which)
+            for index in np.unique(which).tolist():
+                mine = np.flatnonzero(which == index)
+                columns = np.arange(edges[index])
+                step = max(1, CHUNK_TOKENS // edges[index])
+                for begin in range(0, len(mine), step):
+                    part = mine[begin : begin + step]
+                    rectangle = ragged.take(starts[part, None] + columns, mode="clip")  # (rows, length)
+                    rectangle[columns >= lengths[part, None]] = tokenizer.pad_id
+                    files[index][0].write(rectangle)
+                files[index][1].write(lengths[mine])
+        for file in (row_map, *(file for pair in files for file in pair)):
+            hashes[file.name] = file.close()
+    return hashes
+
+
+def _row_chunks(lengths_file: IO[bytes]) -> Iterator[np.ndarray]:
+    """Lengths of the spilled rows, in chunks of about CHUNK_TOKENS tokens."""
+    while len(lengths := np.fromfile(lengths_file, "<u2", CHUNK_TOKENS // 16)):
+        cuts = np.searchsorted(
+            np.cumsum(lengths, dtype=np.int64),
+            np.arange(1, lengths.sum(dtype=np.int64) // CHUNK_TOKENS + 1) * CHUNK_TOKENS,
+        )
+        yield from (part for part in np.split(lengths, np.unique(cuts)) if len(part))
+
+
+class _Hashed:
+    """A file being written whose sha256 is known when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._digest, self._file = path.name, hashlib.sha256(), open(path, "wb")  # noqa: SIM115
+
+    def __enter__(self) -> "_Hashed":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, values: np.ndarray) -> None:
+        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        self._digest.update(data)
+        self._file.write(data)
+
+    def close(self) -> str:
+        _flush(self._file)
+        self._file.close()
+        return self._digest.hexdigest()
+
+
+def _duplicates(path: Path, rows: int) -> int:
+    """How many rows repeat an earlier one, from 64-bit hashes of their texts, sorted on disk."""
+    hashes = np.memmap(path, np.int64, "r+", shape=(rows,))
+    hashes.sort()
+    step = 1 << 20
+    return sum(
+        int((hashes[begin + 1 : begin + step + 1] == hashes[begin : begin + step][: rows - begin - 1]).sum())
+        for begin in range(0, rows - 1, step)
+    )
+
+
+@contextlib.contextmanager
+def _making(out: Path) -> Iterator[Path]:
+    """A fresh hidden folder beside `out` that is gone afterwards, and the dead runs' like it now."""
+    parent = out.resolve().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _sweep(parent)
+        folder = parent / f"{TEMPORARY}{out.name}-{secrets.token_hex(6)}"
+        folder.mkdir()
+        with open(folder / LOCK, "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel however this process ends
+            try:
+                yield folder
+            finally:
+                _discard(folder)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error})"
+        raise InputError(out, reason, "free some space, mend the permissions or choose another --out") from None
+
+
+def _sweep(parent: Path) -> None:
+    """Remove the folders that runs which are no more have left in `parent`."""
+    for folder in parent.glob(f"{TEMPORARY}*"):
+        with contextlib.suppress(OSError):
+            try:
+                with open(folder / LOCK, "rb") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except FileNotFoundError:  # just begun, or about to be renamed: only its age tells
+                if time.time() - folder.stat().st_mtime < 3600:
+                    continue
+            shutil.rmtree(folder)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Give the finished `folder` the name `out`, the old store making way."""
+    parent = out.resolve().parent
+    goal = parent / out.name if not out.is_symlink() else out.resolve()
+    if goal.exists():
+        old = parent / f"{TEMPORARY}old-{secrets.token_hex(6)}"
+        goal.rename(old)
+        folder.rename(goal)
+        _flush_folder(parent)
+        _discard(old)
+    else:
+        folder.rename(goal)
+        _flush_folder(parent)
+
+
+def _discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def writable(folder: Path) -> bool:
+    """Whether `folder`, or the nearest folder above it that exists, can be written."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

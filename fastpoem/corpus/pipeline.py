@@ -1,0 +1,182 @@
+"""The tokenizer of a Hugging Face folder, built as transformers 5 builds it but without its seconds of import.
+
+A `BertTokenizer` is *rebuilt* by transformers even where the folder holds a tokenizer.json: the vocabulary, the frame
+([CLS] … [SEP]) and the added tokens come from that file, the normalizer from the flags of tokenizer_config.json
+(`BertTokenizer.__init__`, `TokenizersBackend.convert_to_native_format`, `PreTrainedTokenizerBase._from_pretrained`).
+A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import WordPiece
+
+from fastpoem.errors import InputError
+
+FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+BERT_DEFAULTS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+NAMED = ("bos_token", "eos_token", *BERT_DEFAULTS)  # in transformers' order, which gives new tokens their ids
+LARGEST_FILE = 1 << 28
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the special tokens. Where there is no [PAD], [CLS] or [SEP], its nearest kin: eos, bos, eos."""
+
+    pad: int
+    cls: int
+    sep: int
+    unk: int | None
+
+
+def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path, ...]]:
+    """(tokenizer, special ids, truncation side, the files that define it). Raises InputError."""
+    if not folder.is_dir():
+        raise InputError(folder, "is not a folder", "name a model folder with vocab.txt or tokenizer.json")
+    files = tuple(folder / name for name in FILES if (folder / name).is_file())
+    config = _object(folder / "tokenizer_config.json")
+    has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
+    if not has_json and not has_vocab:
+        raise InputError(
+            folder, "holds no tokenizer", "add the vocab.txt or tokenizer.json that the model was made with"
+        )
+    kind = config.get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
+    side = config.get("truncation_side", "right")
+    if side not in ("left", "right"):
+        raise InputError(folder / "tokenizer_config.json", f"truncation_side is {side!r}", 'write "right" or "left"')
+    try:
+        if kind in ("BertTokenizer", "BertTokenizerFast"):
+            library, names = _bert(folder, config, has_json)
+        elif has_json:
+            library, names = Tokenizer.from_file(str(folder / "tokenizer.json")), _named(folder, config)
+            _add(library, {}, names, config)
+        else:
+            mend = "use BertTokenizer, or save the tokenizer with save_pretrained as tokenizer.json"
+            raise InputError(folder, f"tokenizer class {kind} has no tokenizer.json", mend)
+        library.encode_special_tokens = bool(config.get("split_special_tokens", False))
+        return library, _special_ids(folder, library, names), side, files
+    except InputError:
+        raise
+    except Exception as error:  # the library raises bare Exception, of any wording, for files it cannot use
+        raise InputError(folder, f"its tokenizer cannot be loaded ({error})", "fetch the model folder again") from None
+
+
+def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokenizer, dict[str, AddedToken | str]]:
+    saved = _object(folder / "tokenizer.json") if has_json else {}
+    vocab = saved["model"]["vocab"] if has_json else _vocabulary(folder / "vocab.txt")
+    names = BERT_DEFAULTS | _named(folder, config)
+    added = _added(folder, config, saved, names)
+    by_text = {_text(token): token for token in added.values()}
+    names = {name: by_text.get(_text(token), token) for name, token in names.items()}
+    unk = _text(names["unk_token"])
+    if unk not in vocab:
+        raise InputError(folder, f"its vocabulary has no {unk}", "add it: characters outside the vocabulary need it")
+
+    lower = config.get("do_lower_case", True)
+    library = Tokenizer(WordPiece(vocab, unk_token=unk))
+    library.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=lower,
+    )
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece(prefix="##")
+    _add(library, added, names, config)
+    frame = [(text, library.token_to_id(text)) for text in (_text(names["cls_token"]), _text(names["sep_token"]))]
+    (cls, _), (sep, _) = frame
+    library.post_processor = processors.TemplateProcessing(
+        single=f"{cls}:0 $A:0 {sep}:0", pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1", special_tokens=frame
+    )
+    return library, names
+
+
+def _add(library: Tokenizer, added: dict[int, AddedToken], names: dict[str, Any], config: dict[str, Any]) -> None:
+    """Add what transformers adds, in its order: recorded tokens by id, then the named special ones, then the extra."""
+    tokens = [added[index] for index in sorted(added)]
+    present = {token.content for token in library.get_added_tokens_decoder().values()} | {_text(t) for t in tokens}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = list(extra.values()) if isinstance(extra, dict) else list(extra)
+    for token in [names[name] for name in NAMED if names.get(name)] + extra:
+        if _text(token) not in present:
+            present.add(_text(token))
+            tokens.append(token if isinstance(token, AddedToken) else AddedToken(_text(token), special=True))
+    library.add_tokens(tokens)
+
+
+def _named(folder: Path, config: dict[str, Any]) -> dict[str, AddedToken | str]:
+    """The named special tokens that the folder's files give, e.g. {"cls_token": "[CLS]"}."""
+    found = {name: config[name] for name in NAMED if config.get(name)}
+    if "added_tokens_decoder" not in config:
+        found |= {n: v for n, v in _object(folder / "special_tokens_map.json").items() if n in NAMED and v}
+    return {name: _token(value, special=True) if isinstance(value, dict) else value for name, value in found.items()}
+
+
+def _added(
+    folder: Path, config: dict[str, Any], saved: dict[str, Any], names: dict[str, AddedToken | str]
+) -> dict[int, AddedToken]:
+    if "added_tokens_decoder" in config:
+        return {int(index): _token(token) for index, token in config["added_tokens_decoder"].items()}
+    special = {_text(token) for token in names.values()}
+    added = {
+        index: AddedToken(text, normalized=text not in special, special=text in special)
+        for text, index in _object(folder / "added_tokens.json").items()
+    }
+    return added | {token["id"]: _token(token) for token in saved.get("added_tokens", [])}
+
+
+def _token(fields: dict[str, Any], **more: bool) -> AddedToken:
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**({name: fields[name] for name in known if name in fields} | more))
+
+
+def _text(token: AddedToken | str) -> str:
+    return token.content if isinstance(token, AddedToken) else token
+
+
+def _special_ids(folder: Path, library: Tokenizer, names: dict[str, Any]) -> SpecialIds:
+    def first(*wanted: str) -> int | None:
+        ids = (library.token_to_id(_text(names[name])) for name in wanted if names.get(name))
+        return next((index for index in ids if index is not None), None)
+
+    pad, cls, sep = first("pad_token", "eos_token"), first("cls_token", "bos_token"), first("sep_token", "eos_token")
+    if pad is None or cls is None or sep is None:
+        mend = "name pad_token, cls_token and sep_token in tokenizer_config.json"
+        raise InputError(folder, "its tokenizer has no padding, first or last token", mend)
+    return SpecialIds(pad, cls, sep, first("unk_token"))
+
+
+def _vocabulary(path: Path) -> dict[str, int]:
+    """One token a line, its id the line's number from 0; the last of equal tokens counts."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            vocab = {token.rstrip("\n"): index for index, token in enumerate(lines)}
+    except UnicodeDecodeError:
+        raise InputError(path, "is not UTF-8", "fetch the model folder again") from None
+    if not vocab:
+        raise InputError(path, "is empty", "fetch the model folder again")
+    return vocab
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, {} where there is no such file."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > LARGEST_FILE:
+        raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise InputError(path, "is not JSON", "fetch the model folder again") from None
+    if not isinstance(value, dict):
+        raise InputError(path, "is not a JSON object", "fetch the model folder again")
+    return value

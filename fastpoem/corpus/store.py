@@ -1,0 +1,254 @@
+"""The token store: a corpus as ids on disk, in one rectangle a bucket, that is whole and unaltered or refused.
+
+A folder of
+    manifest.json            what the store is: written last, with a checksum of itself and size and hash of every file
+    rows.bucket              uint8 (rows,): the bucket of each row, in the order of the text
+    bucket-007.tokens        uint16 or uint32 little-endian (rows of bucket 7, its length), right-padded
+    bucket-007.lengths       uint16 little-endian (rows of bucket 7,): real lengths, [CLS] and [SEP] counted
+Rows keep the order of the text inside a bucket, so a row's place there is the number of earlier rows in the same bucket:
+one byte a row and a checkpoint every RANK_STRIDE rows find any row in constant time. `open` checks the manifest and all
+sizes in milliseconds, `verify` reads and hashes every file.
+"""
+
+import hashlib
+import os
+import shutil
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastpoem.corpus.buckets import padded_positions
+from fastpoem.corpus.make import check_goal, check_settings, make_store, source_digest, writable
+from fastpoem.corpus.manifest import MEND, ROW_MAP, VERSION, bucket_files, file_hash, identity, is_store, read_manifest
+from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.errors import InputError
+
+__all__ = ["Bucket", "TokenStore", "cached_store", "is_store", "prepare_store", "summarise"]
+
+RANK_STRIDE = 1024
+SLICE_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """The poems padded to one length. `tokens` (rows, length) and `lengths` (rows,) are read-only memory maps."""
+
+    length: int
+    rows: int
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+class TokenStore:
+    """An open store. `manifest` is its checked description, `fingerprint` the tokenizer's, `identity` names its content."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any], buckets: tuple[Bucket, ...], row_map: np.ndarray) -> None:
+        self.path, self.manifest, self.buckets = path, manifest, buckets
+        self._row_map = row_map  # (rows,) uint8
+        self.rows: int = manifest["counts"]["rows"]
+        self.max_length: int = manifest["max_length"]
+        self.fingerprint: str = manifest["tokenizer"]["fingerprint"]
+        self.vocab_size: int = manifest["tokenizer"]["vocab_size"]
+        self.pad_id: int = manifest["tokenizer"]["pad"]
+        self.dtype = np.dtype(manifest["dtype"])
+        self.identity = identity(manifest)
+
+    @classmethod
+    def open(cls, path: Path) -> "TokenStore":
+        """Check version, manifest and sizes, map the files. Raises InputError that names the file."""
+        path = Path(path)
+        manifest = read_manifest(path)
+        dtype = np.dtype(manifest["dtype"])
+        for name, entry in manifest["files"].items():
+            _check_size(path / name, entry["size"])
+        buckets = []
+        for index, (length, rows) in enumerate(manifest["buckets"]):
+            tokens_name, lengths_name = bucket_files(index)
+            tokens = _map(path / tokens_name, dtype, (rows, length))
+            buckets.append(Bucket(length, rows, tokens, _map(path / lengths_name, np.dtype("<u2"), (rows,))))
+        row_map = _map(path / ROW_MAP, np.dtype(np.uint8), (manifest["counts"]["rows"],))
+        return cls(path, manifest, tuple(buckets), row_map)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Ids of one row, in the order of the text, without padding. Raises IndexError."""
+        if not -self.rows <= row < self.rows:
+            raise IndexError(f"row {row} of a store of {self.rows}")
+        (which,), (place,) = self.locate(np.array([row % self.rows]))
+        bucket = self.buckets[which]
+        return np.array(bucket.tokens[place, : bucket.lengths[place]])
+
+    __getitem__ = tokens
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(bucket, place in it) of each of `rows` (n,) counted in the order of the text, as two int64 arrays (n,)."""
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
+            raise IndexError(f"a row outside 0..{self.rows - 1}")
+        which = np.empty(len(rows), np.int64)
+        place = np.empty(len(rows), np.int64)
+        for begin in range(0, len(rows), 4096):  # bounded memory: RANK_STRIDE bytes a row while counting
+            part = slice(begin, begin + 4096)
+            which[part], place[part] = self._locate(rows[part])
+        return which, place
+
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        which = self._row_map[rows].astype(np.int64)
+        stride, inside = np.divmod(rows, RANK_STRIDE)
+        window = stride[:, None] * RANK_STRIDE + np.arange(RANK_STRIDE)  # (n, RANK_STRIDE)
+        same = self._row_map[np.minimum(window, self.rows - 1)] == which[:, None]
+        before = (same & (np.arange(RANK_STRIDE) < inside[:, None])).sum(axis=1)
+        return which, self._ranks[stride, which] + before
+
+    @cached_property
+    def _ranks(self) -> np.ndarray:
+        """(strides, buckets) int64: how many rows of each bucket stand before each stride."""
+        strides = -(-self.rows // RANK_STRIDE)
+        counts = np.zeros((strides + 1, len(self.buckets)), np.int64)
+        for index in range(strides):
+            part = self._row_map[index * RANK_STRIDE : (index + 1) * RANK_STRIDE]
+            found = np.bincount(part, minlength=len(self.buckets))
+            if len(found) > len(self.buckets):
+                raise InputError(self.path / ROW_MAP, "names a bucket that is not there", MEND)
+            counts[index + 1] = found
+        ranks = np.cumsum(counts, axis=0)
+        if ranks[-1].tolist() != [bucket.rows for bucket in self.buckets]:
+            raise InputError(self.path / ROW_MAP, "does not agree with the bucket table", MEND)
+        return ranks[:-1]
+
+    def verify(self) -> None:
+        """Read every file: hashes as recorded, lengths within their bucket, ids within the vocabulary. Raises InputError."""
+        for name, entry in self.manifest["files"].items():
+            if file_hash(self.path / name) != entry["sha256"]:
+                raise InputError(self.path / name, "is damaged: its hash is not the recorded one", MEND)
+        for index, bucket in enumerate(self.buckets):
+            tokens_name, lengths_name = bucket_files(index)
+            if bucket.lengths.min() < 1 or bucket.lengths.max() > bucket.length:
+                raise InputError(self.path / lengths_name, f"holds a length outside 1..{bucket.length}", MEND)
+            step = max(1, SLICE_BYTES // (bucket.length * self.dtype.itemsize))
+            for begin in range(0, bucket.rows, step):
+                if int(bucket.tokens[begin : begin + step].max()) >= self.vocab_size:
+                    raise InputError(self.path / tokens_name, "holds an id outside the vocabulary", MEND)
+        _ = self._ranks  # checks the row map
+
+
+def prepare_store(
+    source: Path,
+    tokenizer: PoemTokenizer,
+    out: Path,
+    *,
+    max_length: int = 512,
+    buckets: int = 16,
+    convert: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> TokenStore:
+    """Tokenize `source` into a store at `out`, replacing a store that is there. Raises InputError.
+
+    `max_length` counts [CLS] and [SEP]; longer poems are cut as the library cuts them. `convert` names an OpenCC
+    conversion. `progress(poems so far)` is called now and then. Safe to kill at any moment.
+    """
+    check_settings(max_length, buckets)
+    check_goal(Path(out))
+    make_store(Path(source), tokenizer, Path(out), max_length, buckets, convert, progress)
+    return TokenStore.open(out)
+
+
+def cached_store(
+    source: Path,
+    tokenizer: PoemTokenizer,
+    *,
+    cache_dir: Path | None = None,
+    max_length: int = 512,
+    buckets: int = 16,
+    convert: str | None = None,
+    progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> TokenStore:
+    """The store of `source` under these settings from the cache, prepared now where the cache has none or a damaged one.
+
+    The cache is `cache_dir`, else `.fastpoem` beside the text, else (where that cannot be written)
+    `$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. `say` hears in a line what was reused, prepared or found damaged.
+    """
+    source = Path(source)
+    check_settings(max_length, buckets)
+    digest = source_digest(source)["sha256"]
+    key = repr((VERSION, digest, tokenizer.fingerprint, max_length, buckets, convert)).encode()
+    name = f"{source.name.split('.')[0] or 'text'}-{hashlib.sha256(key).hexdigest()[:16]}"
+    folders = [Path(cache_dir)] if cache_dir is not None else _cache_folders(source)
+    for folder in folders:
+        if is_store(folder / name):
+            try:
+                store = TokenStore.open(folder / name)
+                store.verify()
+            except InputError as error:
+                say(f"prepared before, but damaged, so prepared again ({error.thing} {error.reason})")
+                shutil.rmtree(folder / name, ignore_errors=True)
+            else:
+                say(f"prepared before: {folder / name}")
+                return store
+    goal = next((folder for folder in folders if writable(folder)), None)
+    if goal is None:
+        raise InputError(folders[-1], "cannot be written", "name a writable folder with --cache-dir")
+    return prepare_store(
+        source, tokenizer, goal / name, max_length=max_length, buckets=buckets, convert=convert, progress=progress
+    )
+
+
+def summarise(store: TokenStore) -> list[str]:
+    """What a person wants to know of a store, a line each."""
+    manifest, counts = store.manifest, store.manifest["counts"]
+    histogram = np.zeros(store.max_length + 1, np.int64)
+    for length, poems in manifest["histogram"]:
+        histogram[length] = poems
+    tokens = counts["tokens"]
+    positions = padded_positions(histogram, [bucket.length for bucket in store.buckets])
+    ranked = np.argsort(-histogram, kind="stable")[:8]
+    common = ", ".join(f"{length} ({histogram[length] / store.rows:.1%})" for length in ranked if histogram[length])
+    cumulated = np.cumsum(histogram)
+    marks = [int(np.searchsorted(cumulated, share * store.rows)) for share in (0.5, 0.9, 0.99)]
+    lines = [
+        f"poems      {store.rows:,} ({counts['duplicates']:,} duplicates, {counts['blank']:,} blank lines skipped,"
+        f" {counts['truncated']:,} cut to {store.max_length} tokens)",
+        f"tokens     {tokens:,} ({tokens / store.rows:.1f} a poem, [CLS] and [SEP] counted)",
+        f"lengths    {int(np.flatnonzero(histogram)[0])} to {store.buckets[-1].length}; half are up to {marks[0]},"
+        f" 90% up to {marks[1]}, 99% up to {marks[2]}; most frequent: {common}",
+        f"buckets    {len(store.buckets)}, padding {(positions - tokens) / positions:.1%}:"
+        f" {', '.join(f'{bucket.length} x {bucket.rows:,}' for bucket in store.buckets)}",
+    ]
+    unknown = f"[UNK]      {counts['unknown']:,} ({counts['unknown'] / tokens:.2%} of tokens)"
+    if manifest["unknown"]:
+        unknown += "; most frequent: " + " ".join(f"{text} {count:,}" for text, count in manifest["unknown"][:12])
+    return [*lines, unknown]
+
+
+def _cache_folders(source: Path) -> list[Path]:
+    beside = source.resolve().parent / ".fastpoem"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return [beside, (Path(home) if home else Path.home() / ".cache") / "fastpoem"]
+
+
+def _check_size(path: Path, size: int) -> None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        raise InputError(path, "is missing", MEND) from None
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "check its permissions") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise InputError(path, "is not a regular file", MEND)
+    if found.st_size != size:
+        raise InputError(path, f"is truncated or foreign: {found.st_size:,} bytes where {size:,} belong", MEND)
+
+
+def _map(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        return np.memmap(path, dtype, "r", shape=shape)
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be mapped ({error})", "check its permissions") from None

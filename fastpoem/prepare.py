@@ -1,0 +1,55 @@
+"""`python -m fastpoem.prepare --data SRC --model M --out STORE`: a text to a token store, and what is in it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastpoem.model.hub import resolve_folder
+from rich.console import Console
+
+from fastpoem.cli import parse, run_command
+from fastpoem.corpus.make import check_goal, check_settings
+from fastpoem.corpus.read import source_files
+from fastpoem.corpus.store import prepare_store, summarise
+from fastpoem.corpus.tokenize import PoemTokenizer
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Tokenize poems into a store that training reads without further work."""
+
+    data: Path
+    """A text with one poem a line (.txt, .txt.xz, .txt.gz), a .jsonl or .json file, or a chinese-poetry folder."""
+    model: str
+    """The model whose tokenizer to use: a folder or a Hugging Face name."""
+    out: Path
+    """The folder to make. A store that is there is replaced, anything else is left alone."""
+    max_length: int = 512
+    """Tokens a poem, [CLS] and [SEP] included; longer ones are cut."""
+    buckets: int = 16
+    """Into how many lengths the poems are sorted; more buckets, less padding."""
+    convert: str | None = None
+    """An OpenCC conversion, such as t2s: traditional to simplified characters."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, prepare, print the summary."""
+    config = parse(PrepareConfig, argv, prog="python -m fastpoem.prepare")
+    check_settings(config.max_length, config.buckets)
+    source_files(config.data)
+    check_goal(config.out)
+    tokenizer = PoemTokenizer.load(resolve_folder(config.model))
+    with Console(stderr=True).status("reading") as status:
+        store = prepare_store(
+            config.data,
+            tokenizer,
+            config.out,
+            max_length=config.max_length,
+            buckets=config.buckets,
+            convert=config.convert,
+            progress=lambda poems: status.update(f"{poems:,} poems"),
+        )
+    print(f"store      {config.out}", *summarise(store), sep="\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
