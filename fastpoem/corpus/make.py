@@ -13,6 +13,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +33,7 @@ from fastpoem.corpus.manifest import (
     is_store,
     sealed,
 )
-from fastpoem.corpus.read import read_blocks, source_files
+from fastpoem.corpus.read import Block, read_blocks, source_files
 from fastpoem.corpus.tokenize import EncodeStats, PoemTokenizer
 from fastpoem.errors import InputError
 
@@ -53,11 +54,12 @@ def make_store(
 ) -> None:
     """Write the store of `source` at `out`; `fastpoem.corpus.store.prepare_store` says what the rest means."""
     with _making(out) as folder:
-        before = source_digest(source)
+        before = _stamps(source)
+        digest = source_digest(source)
         manifest = _make(source, tokenizer, folder, max_length, buckets, convert, progress)
-        if source_digest(source) != before:
+        if _stamps(source) != before:
             raise InputError(source, "changed while it was read", "prepare again when nothing writes to it")
-        manifest["source"] |= before
+        manifest["source"] |= digest
         with open(folder / MANIFEST, "wb") as stream:
             stream.write(sealed(manifest))
             _flush(stream)
@@ -79,13 +81,21 @@ def check_settings(max_length: int, buckets: int) -> None:
 def check_goal(out: Path) -> None:
     """Refuse, before any work, a goal that is something else than a store or cannot be written. Raises InputError."""
     try:
-        if os.path.lexists(out) and not is_store(out) and not (out.is_dir() and not any(out.iterdir())):
+        if os.path.lexists(out) and not _ours(out) and not (out.is_dir() and not any(out.iterdir())):
             raise InputError(out, "exists and is not a token store", "choose another --out or remove it")
     except OSError as error:
         raise InputError(out, f"cannot be read ({error.strerror})", "choose another --out") from None
     parent = out.resolve().parent
     if not writable(parent):
         raise InputError(out, f"cannot be written: no permission to write in {parent}", "choose another --out")
+
+
+def _ours(folder: Path) -> bool:
+    """Whether `folder` is a store of ours, which may be replaced, and not somebody's folder with a manifest.json."""
+    if not is_store(folder):
+        return False
+    with open(folder / MANIFEST, "rb") as stream:
+        return FORMAT.encode() in stream.read(256)
 
 
 def source_digest(source: Path) -> dict[str, Any]:
@@ -100,6 +110,19 @@ def source_digest(source: Path) -> dict[str, Any]:
     return {"name": source.resolve().name, "size": size, "sha256": total.hexdigest()}
 
 
+def _stamps(source: Path) -> list[tuple[int, int, int]]:
+    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, source_files(source))]
+
+
+def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The same blocks, the next one being read (and decompressed) by another thread while one is tokenized."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
+
+
 def _make(
     source: Path,
     tokenizer: PoemTokenizer,
@@ -110,19 +133,19 @@ def _make(
     progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     """Write all of a store but its manifest into `folder`, and return the manifest."""
-    histogram = np.zeros(max_length + 1, np.int64)
+    histogram: np.ndarray = np.zeros(max_length + 1, np.int64)
     stats, rows, blank = EncodeStats(), 0, 0
     names = [folder / f"spill.{part}" for part in ("tokens", "lengths", "hashes")]
     with open(names[0], "wb") as tokens, open(names[1], "wb") as lengths, open(names[2], "wb") as hashes:
-        for block in read_blocks(source, convert=convert):
+        for block in _ahead(read_blocks(source, convert=convert)):
             blank += block.blank
             if not block.lines:
                 continue
             ids, sizes, found = tokenizer.encode(block.lines, max_length)
-            ids.astype(tokenizer.dtype.newbyteorder("<"), copy=False).tofile(tokens)
-            sizes.astype("<u2").tofile(lengths)
+            tokens.write(ids.astype(tokenizer.dtype.newbyteorder("<"), copy=False).data)
+            lengths.write(sizes.astype("<u2").data)
             # Siphash with this process's random key: as good as any 64 bits, and it costs nothing.
-            np.fromiter(map(hash, block.lines), np.int64, len(block.lines)).tofile(hashes)
+            hashes.write(np.fromiter(map(hash, block.lines), np.int64, len(block.lines)).data)
             histogram += np.bincount(sizes, minlength=max_length + 1)
             stats.add(found)
             rows += len(block.lines)
@@ -154,15 +177,15 @@ def _make(
             "tokens": int(histogram @ np.arange(max_length + 1)),
             "blank": blank,
             "truncated": stats.truncated,
-            "unknown": stats.unknown.total(),
+            "unknown": stats.unknown_tokens,
             "duplicates": duplicates,
         },
         "histogram": [[int(length), int(histogram[length])] for length in np.flatnonzero(histogram)],
         "unknown": [[text, number] for text, number in stats.unknown.most_common(KEPT_UNKNOWN)],
         "buckets": table,
     }
-    sizes = expected_sizes(manifest)
-    return manifest | {"files": {name: {"size": sizes[name], "sha256": files[name]} for name in sizes}}
+    expected = expected_sizes(manifest)
+    return manifest | {"files": {name: {"size": expected[name], "sha256": files[name]} for name in expected}}
 
 
 def _scatter(
@@ -184,7 +207,7 @@ def _scatter(
         for lengths in _row_chunks(lengths_file):
             ragged = np.fromfile(tokens, little, int(lengths.sum(dtype=np.int64)))  # rows one after another
             starts = np.cumsum(lengths, dtype=np.int64) - lengths
-            which = np.searchsorted(edges, lengths).astype(np.uint8)  # (rows,)
+            which: np.ndarray = np.searchsorted(edges, lengths).astype(np.uint8)  # (rows,)
             row_map.write(which)
             for index in np.unique(which).tolist():
                 mine = np.flatnonzero(which == index)
@@ -236,7 +259,7 @@ class _Hashed:
 
 def _duplicates(path: Path, rows: int) -> int:
     """How many rows repeat an earlier one, from 64-bit hashes of their texts, sorted on disk."""
-    hashes = np.memmap(path, np.int64, "r+", shape=(rows,))
+    hashes: np.ndarray = np.memmap(path, np.int64, "r+", shape=(rows,))
     hashes.sort()
     step = 1 << 20
     return sum(
@@ -254,8 +277,9 @@ def _making(out: Path) -> Iterator[Path]:
         _sweep(parent)
         folder = parent / f"{TEMPORARY}{out.name}-{secrets.token_hex(6)}"
         folder.mkdir()
-        with open(folder / LOCK, "wb") as lock:
+        with open(folder / f"{LOCK}.new", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel however this process ends
+            (folder / f"{LOCK}.new").rename(folder / LOCK)  # nobody sees it before it is locked
             try:
                 yield folder
             finally:
@@ -280,8 +304,8 @@ def _sweep(parent: Path) -> None:
 
 def _publish(folder: Path, out: Path) -> None:
     """Give the finished `folder` the name `out`, the old store making way."""
-    parent = out.resolve().parent
-    goal = parent / out.name if not out.is_symlink() else out.resolve()
+    goal = out.resolve()
+    parent = goal.parent
     if goal.exists():
         old = parent / f"{TEMPORARY}old-{secrets.token_hex(6)}"
         goal.rename(old)

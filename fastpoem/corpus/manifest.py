@@ -23,7 +23,7 @@ MEND = "prepare the store again"
 
 
 def is_store(path: Path) -> bool:
-    """Whether `path` is a folder with a store's manifest, whole or not."""
+    """Whether `path` is meant to be a store: a folder with a manifest.json, whole or not."""
     return (Path(path) / MANIFEST).is_file()
 
 
@@ -64,7 +64,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise InputError(file, "is not the manifest of a token store", "make one with fastpoem.prepare")
     version = manifest.get("version")
-    if not _whole(version, 1) or version > VERSION:
+    if not _whole(version, 1, VERSION):
         raise InputError(
             file, f"has version {version!r:.20} and this fastpoem reads {VERSION}", "update fastpoem or " + MEND
         )

@@ -57,8 +57,9 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         if kind in ("BertTokenizer", "BertTokenizerFast"):
             library, names = _bert(folder, config, has_json)
         elif has_json:
-            library, names = Tokenizer.from_file(str(folder / "tokenizer.json")), _named(folder, config)
-            _add(library, {}, names, config)
+            library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            names, extra = _named(folder, config)
+            _add(library, {}, names, extra)
         else:
             mend = "use BertTokenizer, or save the tokenizer with save_pretrained as tokenizer.json"
             raise InputError(folder, f"tokenizer class {kind} has no tokenizer.json", mend)
@@ -72,8 +73,9 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
 
 def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokenizer, dict[str, AddedToken | str]]:
     saved = _object(folder / "tokenizer.json") if has_json else {}
-    vocab = saved["model"]["vocab"] if has_json else _vocabulary(folder / "vocab.txt")
-    names = BERT_DEFAULTS | _named(folder, config)
+    vocab = saved["model"]["vocab"] if has_json else WordPiece.read_file(str(folder / "vocab.txt"))
+    given, extra = _named(folder, config)
+    names = BERT_DEFAULTS | given
     added = _added(folder, config, saved, names)
     by_text = {_text(token): token for token in added.values()}
     names = {name: by_text.get(_text(token), token) for name, token in names.items()}
@@ -91,7 +93,7 @@ def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokeniz
     )
     library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     library.decoder = decoders.WordPiece(prefix="##")
-    _add(library, added, names, config)
+    _add(library, added, names, extra)
     frame = [(text, library.token_to_id(text)) for text in (_text(names["cls_token"]), _text(names["sep_token"]))]
     (cls, _), (sep, _) = frame
     library.post_processor = processors.TemplateProcessing(
@@ -100,25 +102,32 @@ def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokeniz
     return library, names
 
 
-def _add(library: Tokenizer, added: dict[int, AddedToken], names: dict[str, Any], config: dict[str, Any]) -> None:
+def _add(library: Tokenizer, added: dict[int, AddedToken], names: dict[str, Any], extra: list[Any]) -> None:
     """Add what transformers adds, in its order: recorded tokens by id, then the named special ones, then the extra."""
     tokens = [added[index] for index in sorted(added)]
     present = {token.content for token in library.get_added_tokens_decoder().values()} | {_text(t) for t in tokens}
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    extra = list(extra.values()) if isinstance(extra, dict) else list(extra)
-    for token in [names[name] for name in NAMED if names.get(name)] + extra:
+    ordered = [names[name] for name in NAMED if names.get(name)]
+    for token in ordered + [token for name, token in names.items() if name not in NAMED] + extra:
         if _text(token) not in present:
             present.add(_text(token))
             tokens.append(token if isinstance(token, AddedToken) else AddedToken(_text(token), special=True))
     library.add_tokens(tokens)
 
 
-def _named(folder: Path, config: dict[str, Any]) -> dict[str, AddedToken | str]:
-    """The named special tokens that the folder's files give, e.g. {"cls_token": "[CLS]"}."""
-    found = {name: config[name] for name in NAMED if config.get(name)}
-    if "added_tokens_decoder" not in config:
-        found |= {n: v for n, v in _object(folder / "special_tokens_map.json").items() if n in NAMED and v}
-    return {name: _token(value, special=True) if isinstance(value, dict) else value for name, value in found.items()}
+def _named(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """({"cls_token": "[CLS]", …}, extra special tokens) that the folder's files give, as text or AddedToken."""
+    legacy = {} if "added_tokens_decoder" in config else _object(folder / "special_tokens_map.json")
+    both = config | legacy
+    names = {name: both[name] for name in both if name.endswith("_token") and isinstance(both[name], str | dict)}
+    extra: list[Any] = []
+    for source in (config, legacy):
+        more = source.get("extra_special_tokens") or source.get("additional_special_tokens") or []
+        if isinstance(more, dict):
+            names |= more
+        else:
+            extra += [token for token in more if token not in extra]
+    cast = lambda token: _token(token, special=True) if isinstance(token, dict) else token
+    return {name: cast(token) for name, token in names.items() if token}, list(map(cast, extra))
 
 
 def _added(
@@ -153,18 +162,6 @@ def _special_ids(folder: Path, library: Tokenizer, names: dict[str, Any]) -> Spe
         mend = "name pad_token, cls_token and sep_token in tokenizer_config.json"
         raise InputError(folder, "its tokenizer has no padding, first or last token", mend)
     return SpecialIds(pad, cls, sep, first("unk_token"))
-
-
-def _vocabulary(path: Path) -> dict[str, int]:
-    """One token a line, its id the line's number from 0; the last of equal tokens counts."""
-    try:
-        with open(path, encoding="utf-8") as lines:
-            vocab = {token.rstrip("\n"): index for index, token in enumerate(lines)}
-    except UnicodeDecodeError:
-        raise InputError(path, "is not UTF-8", "fetch the model folder again") from None
-    if not vocab:
-        raise InputError(path, "is empty", "fetch the model folder again")
-    return vocab
 
 
 def _object(path: Path) -> dict[str, Any]:

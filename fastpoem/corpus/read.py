@@ -275,8 +275,8 @@ def _open(path: Path) -> IO[bytes]:
 
 def _newlines(data: bytes | str) -> int:
     if isinstance(data, str):
-        return data.count("\n") + data.count("\r") - data.count("\r\n")
-    return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
+        data = data.encode("utf-8", "replace")
+    return data.count(b"\n") + (data.count(b"\r") - data.count(b"\r\n") if b"\r" in data else 0)
 
 
 def _guess_encoding(data: bytes, start: int) -> str | None:

@@ -30,7 +30,7 @@ from fastpoem.errors import InputError
 
 __all__ = ["Bucket", "TokenStore", "cached_store", "is_store", "prepare_store", "summarise"]
 
-RANK_STRIDE = 1024
+RANK_STRIDE = 256
 SLICE_BYTES = 1 << 22
 
 
@@ -92,8 +92,8 @@ class TokenStore:
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= self.rows):
             raise IndexError(f"a row outside 0..{self.rows - 1}")
-        which = np.empty(len(rows), np.int64)
-        place = np.empty(len(rows), np.int64)
+        which: np.ndarray = np.empty(len(rows), np.int64)
+        place: np.ndarray = np.empty(len(rows), np.int64)
         for begin in range(0, len(rows), 4096):  # bounded memory: RANK_STRIDE bytes a row while counting
             part = slice(begin, begin + 4096)
             which[part], place[part] = self._locate(rows[part])
@@ -111,7 +111,7 @@ class TokenStore:
     def _ranks(self) -> np.ndarray:
         """(strides, buckets) int64: how many rows of each bucket stand before each stride."""
         strides = -(-self.rows // RANK_STRIDE)
-        counts = np.zeros((strides + 1, len(self.buckets)), np.int64)
+        counts: np.ndarray = np.zeros((strides + 1, len(self.buckets)), np.int64)
         for index in range(strides):
             part = self._row_map[index * RANK_STRIDE : (index + 1) * RANK_STRIDE]
             found = np.bincount(part, minlength=len(self.buckets))
@@ -188,11 +188,11 @@ def cached_store(
                 store = TokenStore.open(folder / name)
                 store.verify()
             except InputError as error:
-                say(f"prepared before, but damaged, so prepared again ({error.thing} {error.reason})")
-                shutil.rmtree(folder / name, ignore_errors=True)
+                say(f"the prepared store is damaged and made again ({error.thing} {error.reason})")
             else:
                 say(f"prepared before: {folder / name}")
                 return store
+        shutil.rmtree(folder / name, ignore_errors=True)  # a cache's own name: whatever is there is of no use
     goal = next((folder for folder in folders if writable(folder)), None)
     if goal is None:
         raise InputError(folders[-1], "cannot be written", "name a writable folder with --cache-dir")
@@ -204,7 +204,7 @@ def cached_store(
 def summarise(store: TokenStore) -> list[str]:
     """What a person wants to know of a store, a line each."""
     manifest, counts = store.manifest, store.manifest["counts"]
-    histogram = np.zeros(store.max_length + 1, np.int64)
+    histogram: np.ndarray = np.zeros(store.max_length + 1, np.int64)
     for length, poems in manifest["histogram"]:
         histogram[length] = poems
     tokens = counts["tokens"]
@@ -219,12 +219,15 @@ def summarise(store: TokenStore) -> list[str]:
         f"tokens     {tokens:,} ({tokens / store.rows:.1f} a poem, [CLS] and [SEP] counted)",
         f"lengths    {int(np.flatnonzero(histogram)[0])} to {store.buckets[-1].length}; half are up to {marks[0]},"
         f" 90% up to {marks[1]}, 99% up to {marks[2]}; most frequent: {common}",
-        f"buckets    {len(store.buckets)}, padding {(positions - tokens) / positions:.1%}:"
-        f" {', '.join(f'{bucket.length} x {bucket.rows:,}' for bucket in store.buckets)}",
+        f"buckets    {len(store.buckets)}, {(positions - tokens) / positions:.1%} of their positions are padding",
     ]
+    most = max(bucket.rows for bucket in store.buckets)
+    for bucket in store.buckets:
+        bar = "█" * max(1, round(30 * bucket.rows / most))
+        lines.append(f"  up to {bucket.length:>5} {bucket.rows:>11,} poems {bucket.rows / store.rows:>6.1%} {bar}")
     unknown = f"[UNK]      {counts['unknown']:,} ({counts['unknown'] / tokens:.2%} of tokens)"
     if manifest["unknown"]:
-        unknown += "; most frequent: " + " ".join(f"{text} {count:,}" for text, count in manifest["unknown"][:12])
+        unknown += "; most frequent: " + ", ".join(f"{text} {count:,}" for text, count in manifest["unknown"][:12])
     return [*lines, unknown]
 
 

@@ -29,10 +29,12 @@ from tokenizers import Tokenizer
 
 from fastpoem.corpus.pipeline import SpecialIds, load_pipeline
 
-CLS_MARK, SEP_MARK = "\ud800", "\udfff"  # surrogates: no text that can be encoded holds one
+CLS_MARK, SEP_MARK = "\ufdd0", "\ufdd1"  # code points that Unicode sets aside for use inside a program
 ID_BITS = 24
 LOOSE, SILENT, UNPROVEN, UNSEEN, START, END = (1 << (ID_BITS + bit) for bit in range(6))
 ASK_AT_ONCE = 4096
+MOST_UNKNOWN = 1 << 16
+LONGEST_UNKNOWN = 16  # characters kept of one
 
 
 @dataclass(slots=True)
@@ -40,12 +42,16 @@ class EncodeStats:
     """What a person wants to know of the lines encoded: how many were cut, and which texts became [UNK]."""
 
     truncated: int = 0
-    unknown: Counter[str] = field(default_factory=Counter)
+    unknown_tokens: int = 0
+    unknown: Counter[str] = field(default_factory=Counter)  # the most frequent texts among them
     by_library: int = 0  # lines that the table could not prove
 
     def add(self, other: "EncodeStats") -> None:
         self.truncated += other.truncated
+        self.unknown_tokens += other.unknown_tokens
         self.unknown.update(other.unknown)
+        if len(self.unknown) > MOST_UNKNOWN:  # memory must not grow with the corpus, so the rarest are forgotten
+            self.unknown = Counter(dict(self.unknown.most_common(MOST_UNKNOWN // 2)))
         self.by_library += other.by_library
 
 
@@ -55,13 +61,13 @@ class PoemTokenizer:
     def __init__(self, library: Tokenizer, special: SpecialIds, truncation_side: str, files: tuple[Path, ...]) -> None:
         self.library, self.files, self.truncation_side = library, files, truncation_side
         self.pad_id, self.cls_id, self.sep_id, self.unk_id = special.pad, special.cls, special.sep, special.unk
-        self.vocab_size: int = library.get_vocab_size(with_added_tokens=True)
+        self.vocab_size: int = 1 + max(library.get_vocab(True).values())
         library.no_truncation()
         library.no_padding()
         rules = json.loads(library.to_str())
         self.fingerprint = _fingerprint(rules, special, truncation_side)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)  # of token ids
-        self._table = _Table(library, rules) if _is_bert(library, rules, special, self.vocab_size) else None
+        self._table = _Table(library, rules) if _is_bert(library, rules, special) else None
 
     @classmethod
     def load(cls, folder: Path) -> "PoemTokenizer":
@@ -73,86 +79,67 @@ class PoemTokenizer:
 
         The same ids as `BertTokenizer(lines, truncation=True, max_length=max_length)`, [CLS] and [SEP] included.
         """
-        if self._table is None:
-            return self._encode_by_library(lines, max_length)
-        if not lines:
-            return np.empty(0, self.dtype), np.empty(0, np.int64), EncodeStats()
         text = CLS_MARK + (SEP_MARK + CLS_MARK).join(lines) + SEP_MARK
-        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)  # (characters + 2 * lines,)
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # (characters + 2 * lines,)
+        foreign = text.count(CLS_MARK) != len(lines) or text.count(SEP_MARK) != len(lines)  # a line holds a mark
+        if self._table is None or foreign:
+            return self._encode_by_library(lines, max_length)
+
         codes = self._table.look_up(points)  # (characters + 2 * lines,) uint32: id and flags
         flagged = np.flatnonzero(codes >= 1 << ID_BITS)  # the line marks and the few special cases
         flags = codes[flagged]
-        starts, ends = flagged[(flags & START) != 0], flagged[(flags & END) != 0] + 1
-        if len(starts) != len(lines) or len(ends) != len(lines):
-            raise ValueError("a line holds half of a surrogate pair, which is no text")
+        starts, ends = flagged[(flags & START) != 0], flagged[(flags & END) != 0] + 1  # (lines,) each
         line_of = np.cumsum((flags & START) != 0) - 1  # (flagged,)
 
         loose = (flags & LOOSE) != 0
-        crowded = loose[1:] & loose[:-1] & (flagged[1:] == flagged[:-1] + 1)
         unproven = (flags & UNPROVEN) != 0
-        unproven[1:] |= crowded
-        left = np.zeros(len(lines), bool)  # lines left to the library
+        unproven[1:] |= loose[1:] & loose[:-1] & (flagged[1:] == flagged[:-1] + 1)
+        left: np.ndarray = np.zeros(len(lines), bool)  # lines left to the library
         left[line_of[unproven]] = True
-        silent = np.bincount(line_of[(flags & SILENT) != 0], minlength=len(lines))
-        lengths = ends - starts - silent
+        silent = flagged[(flags & SILENT) != 0]
+        lengths = ends - starts - np.bincount(line_of[(flags & SILENT) != 0], minlength=len(lines))
 
-        stats = EncodeStats(by_library=int(left.sum()))
-        if stats.by_library == 0 and not silent.any() and lengths.max() <= max_length:
-            stats.unknown = self._unknown(points, codes)
-            return codes.astype(self.dtype), lengths, stats
-        return self._mend(lines, max_length, points, codes, starts, ends, left, silent, lengths, stats)
+        keep: np.ndarray = np.ones(len(codes), bool)
+        keep[silent] = False
+        stats = EncodeStats()
+        for line in np.flatnonzero((lengths > max_length) & ~left).tolist():
+            stats.truncated += 1
+            inner = np.flatnonzero(keep[starts[line] + 1 : ends[line] - 1]) + starts[line] + 1
+            surplus = lengths[line] - max_length
+            keep[inner[:surplus] if self.truncation_side == "left" else inner[len(inner) - surplus :]] = False
+        lengths = np.minimum(lengths, max_length)
+        for line in np.flatnonzero(left).tolist():
+            keep[starts[line] : ends[line]] = False
 
-    def _mend(  # the general case of `encode`, in pieces between the lines that need something
+        if not keep.all():
+            points, codes = points[keep], codes[keep]
+        is_unknown = (codes & ((1 << ID_BITS) - 1)) == self.unk_id
+        unknown, counts = np.unique(points[is_unknown], return_counts=True)
+        stats.unknown.update(dict(zip(map(chr, unknown.tolist()), counts.tolist(), strict=True)))
+        stats.unknown_tokens = int(is_unknown.sum())
+        ids: np.ndarray = codes.astype(self.dtype)
+        if left.any():
+            ids, lengths = self._insert(ids, lengths, np.flatnonzero(left), lines, max_length, stats)
+        return ids, lengths, stats
+
+    def _insert(
         self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        left: np.ndarray,
         lines: Sequence[str],
         max_length: int,
-        points: np.ndarray,
-        codes: np.ndarray,
-        starts: np.ndarray,
-        ends: np.ndarray,
-        left: np.ndarray,
-        silent: np.ndarray,
-        lengths: np.ndarray,
         stats: EncodeStats,
-    ) -> tuple[np.ndarray, np.ndarray, EncodeStats]:
-        lengths = lengths.copy()
-        chosen = np.flatnonzero(left)
-        ids, counts, by_library = self._encode_by_library([lines[line] for line in chosen], max_length)
-        stats.add(EncodeStats(by_library.truncated, by_library.unknown))
-        answers = dict(zip(chosen.tolist(), np.split(ids, np.cumsum(counts)[:-1]), strict=True)) if len(chosen) else {}
-        lengths[chosen] = counts
-
-        pieces: list[np.ndarray] = []
-        done = 0  # position in `codes` up to which the pieces reach
-
-        def keep(begin: int, end: int) -> None:
-            if end > begin:
-                pieces.append(codes[begin:end].astype(self.dtype))
-                stats.unknown.update(self._unknown(points[begin:end], codes[begin:end]))
-
-        for line in np.flatnonzero(left | (silent > 0) | (lengths > max_length)).tolist():
-            begin, end = int(starts[line]), int(ends[line])
-            keep(done, begin)
-            done = end
-            if line in answers:
-                pieces.append(answers[line])
-                continue
-            sounding = np.flatnonzero((codes[begin:end] & SILENT) == 0) + begin
-            if len(sounding) > max_length:
-                stats.truncated += 1
-                inner = sounding[1:-1]
-                room = max_length - 2
-                inner = inner[:room] if self.truncation_side == "right" else inner[len(inner) - room :]
-                sounding = np.concatenate((sounding[:1], inner, sounding[-1:]))
-                lengths[line] = max_length
-            pieces.append(codes[sounding].astype(self.dtype))
-            stats.unknown.update(self._unknown(points[sounding], codes[sounding]))
-        keep(done, len(codes))
-        return np.concatenate(pieces), lengths, stats
-
-    def _unknown(self, points: np.ndarray, codes: np.ndarray) -> Counter[str]:
-        found, counts = np.unique(points[(codes & ((1 << ID_BITS) - 1)) == self.unk_id], return_counts=True)
-        return Counter({chr(point): count for point, count in zip(found.tolist(), counts.tolist(), strict=True)})
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and lengths with the library's for the lines `left`, of which `ids` holds nothing; adds to `stats`."""
+        answers, counts, found = self._encode_by_library([lines[line] for line in left.tolist()], max_length)
+        stats.add(found)
+        lengths[left] = 0
+        between = np.split(ids, np.cumsum(lengths)[left])  # the proven ids before, among and after them
+        rows = np.split(answers, np.cumsum(counts)[:-1])
+        lengths[left] = counts
+        pieces = [piece for pair in zip(between, rows, strict=False) for piece in pair]
+        return np.concatenate([*pieces, between[-1]]), lengths
 
     def _encode_by_library(self, lines: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray, EncodeStats]:
         self.library.enable_truncation(max_length, direction=self.truncation_side)
@@ -169,7 +156,8 @@ class PoemTokenizer:
             if self.unk_id is not None:
                 for token in np.flatnonzero(row == self.unk_id).tolist():
                     begin, end = encoding.offsets[token]
-                    stats.unknown[line[begin:end]] += 1
+                    stats.unknown_tokens += 1
+                    stats.unknown[line[begin : min(end, begin + LONGEST_UNKNOWN)]] += 1
         ids = np.concatenate(rows) if rows else np.empty(0, self.dtype)
         return ids, np.array([len(row) for row in rows], np.int64), stats
 
@@ -179,10 +167,9 @@ class _Table:
 
     def __init__(self, library: Tokenizer, rules: dict) -> None:
         self.library = library
-        self.codes = np.full(0x110000, UNSEEN, np.uint32)
+        self.codes: np.ndarray = np.full(0x110000, UNSEEN, np.uint32)
         cls, sep = library.encode("").ids
         self.codes[ord(CLS_MARK)], self.codes[ord(SEP_MARK)] = cls | START, sep | END
-        self.codes[0xD801:0xDFFF] = UNPROVEN
         raw = [token["content"] for token in rules["added_tokens"] if not token["normalized"]]
         normalized = [library.normalizer.normalize_str(t["content"]) for t in rules["added_tokens"] if t["normalized"]]
         # Normalizing sets CJK apart with spaces: these tell nothing of a token unless it has nothing else.
@@ -197,7 +184,7 @@ class _Table:
 
     def look_up(self, points: np.ndarray) -> np.ndarray:
         """Codes of `points` (any shape, uint32), asking the tokenizer about those never seen before."""
-        codes = self.codes.take(points)
+        codes: np.ndarray = self.codes.take(points)
         unseen = (codes & UNSEEN) != 0
         if unseen.any():
             fresh = np.unique(points[unseen])
@@ -245,14 +232,15 @@ class _Table:
         self.codes[max(map(ord, text))] = UNPROVEN
 
 
-def _is_bert(library: Tokenizer, rules: dict, special: SpecialIds, vocab_size: int) -> bool:
+def _is_bert(library: Tokenizer, rules: dict, special: SpecialIds) -> bool:
     """Whether the table's proof applies: exactly BERT's normalizer, cuts, model and frame."""
-    kinds = [(rules.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model")]
-    if kinds != ["BertNormalizer", "BertPreTokenizer", "WordPiece"] or vocab_size >= 1 << ID_BITS:
+    kinds = [(rules.get(part) or {}).get("type") for part in ("normalizer", "pre_tokenizer", "model", "post_processor")]
+    if kinds[:3] != ["BertNormalizer", "BertPreTokenizer", "WordPiece"]:
         return False
-    if (rules["post_processor"] or {}).get("type") not in ("TemplateProcessing", "BertProcessing"):
+    if kinds[3] not in ("TemplateProcessing", "BertProcessing"):
         return False
-    if len(set(library.get_vocab(True).values())) != vocab_size:
+    ids = library.get_vocab(True).values()
+    if len(set(ids)) != len(ids) or max(ids) >= 1 << ID_BITS:
         return False  # two tokens with one id: an id no longer tells which token stood there
     frame = [special.cls, special.sep]
     inner = library.encode("a,", add_special_tokens=False).ids
