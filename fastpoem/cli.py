@@ -1,0 +1,69 @@
+"""What every command shares: flags from a dataclass (by tyro), and one line on stderr with exit code 2 for the user's mistakes.
+
+tyro answers a wrong flag with a framed, many-line panel; a person in a terminal (and a script reading stderr) is better served by one
+line that names the flag, the reason and the mend, so its panel is caught and folded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TypeVar
+
+from fastpoem.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def parse(
+    cls: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None, default: Config | None = None
+) -> Config:
+    """Read `cls` (a dataclass) from the command line. `-` and `_` in flags are the user's choice.
+
+    Raises InputError for an unknown flag (naming the nearest known one) or a value that does not parse. `--help` prints and exits 0.
+    """
+    import tyro
+
+    said = io.StringIO()
+    args = sys.argv[1:] if argv is None else list(argv)
+    try:
+        with contextlib.redirect_stderr(said):
+            config, unknown = tyro.cli(
+                cls, args=args, prog=prog, description=cls.__doc__, default=default, return_unknown_args=True
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise InputError("command line", _first_paragraph(said.getvalue()), "see --help") from None
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = ["--" + field.name.replace("_", "-") for field in fields(cls)]  # type: ignore[arg-type]
+        near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.5)
+        mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
+        raise InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
+    return config
+
+
+def _first_paragraph(panel: str) -> str:
+    """The message inside tyro's frame, up to its first rule, on one line."""
+    lines = [re.sub(r"^[│╭╰ ]+|[│╮╯ ]+$", "", line) for line in panel.splitlines()[1:]]
+    stop = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    return " ".join(lines[:stop]).strip().rstrip(".") or "it could not be read"
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 130 for Ctrl-C; bugs keep their traceback."""
+    try:
+        code = main()
+    except InputError as error:
+        print(f"fastpoem: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("fastpoem: interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,194 @@
+"""Every setting of training once: its default, its help and its check. The command line and `fastpoem.fit` are both made from it.
+
+A *recipe* is only a set of other defaults, so a flag given beside it wins without any bookkeeping of who set what.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastpoem.errors import InputError
+
+HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about a minute."""
+
+    data: str | None = None
+    """Poems: .txt, .txt.xz or .txt.gz with one poem a line, .jsonl, .json, a folder of the chinese-poetry collection, or a token store.
+    None takes the bundled verses."""
+    model: str | None = None
+    """Hugging Face name or folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
+    from_scratch: bool = False
+    """Take only the configuration and the tokenizer of --model; draw the weights from --seed."""
+    out: str | None = None
+    """Folder of the run: metrics.jsonl, config.json, checkpoints/, model/. None makes runs/<time>."""
+    cache_dir: str | None = None
+    """Where prepared token stores are kept. None: .fastpoem/ beside the text."""
+    recipe: Literal["default", "notebook"] = "default"
+    """A set of other defaults. notebook: random batches padded to their longest, loss on padding, fp32, nothing held out."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    epochs: int = 1
+    """Passes over the poems."""
+    max_steps: int | None = None
+    """Stop after so many optimizer steps."""
+    batch_size: int = 16
+    """Poems a step."""
+    max_length: int | None = None
+    """Tokens of a poem, [CLS] and [SEP] included; what is longer is cut. None: 512, or the model's positions if they are fewer."""
+    batching: Literal["bucket", "pack", "pad"] = "bucket"
+    """bucket: poems of like length, padded to the bucket's edge. pack: no padding, variable-length attention. pad: random poems, padded
+    to their longest."""
+    buckets: int = 16
+    """Length buckets of the token store."""
+    shuffle: bool = True
+    """--no-shuffle takes the poems in the order of the text."""
+    convert: Literal["none", "t2s"] = "none"
+    """t2s converts traditional to simplified characters (needs OpenCC)."""
+    val_poems: int | None = None
+    """Poems held out for validation. None: 512, never more than 5% of the corpus."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    schedule: Literal["epoch-cosine", "cosine", "constant"] = "epoch-cosine"
+    """epoch-cosine falls once an epoch (CosineAnnealingLR with T_max=epochs), cosine every step to zero at the last."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    weight_decay: float = 0.01
+    """AdamW's decoupled weight decay, on every weight."""
+    max_grad_norm: float = 1.0
+    """Clip the global gradient norm."""
+    dropout: float | None = None
+    """Override all dropout probabilities of the model."""
+    loss_on_padding: bool = False
+    """Count padding as targets in the loss."""
+    seed: int = 0
+    """Order of poems, dropout and weights drawn from scratch."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 keeps fp32 master weights. auto: bf16 on a GPU that has it, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model. auto: on a GPU with Triton, off on a CPU."""
+    graphs: Literal["auto", "on", "off"] = "auto"
+    """Replay the step as CUDA graphs."""
+    attention: Literal["auto", "flash", "sdpa"] = "auto"
+    """flash insists on the flash kernel."""
+
+    log_every: int = 100
+    """Steps between lines of the log."""
+    save_every: int | None = None
+    """Steps between checkpoints. None: at the end of an epoch."""
+    keep: int = 3
+    """Checkpoints to keep, the newest."""
+    resume: bool = False
+    """Continue from the newest complete checkpoint in --out."""
+    tensorboard: bool = False
+    """Also write the curves for TensorBoard into the run's folder."""
+    sample: str | None = None
+    """At the end, print a poem that begins so."""
+
+    def check(self) -> TrainConfig:
+        """Refuse what cannot work, naming the flag. Comparisons are written so that NaN fails them."""
+        at_least_one = ("epochs", "batch_size", "buckets", "log_every", "max_steps", "save_every", "keep")
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and not value >= 1:
+                raise _out_of_range(name, value, "at least 1")
+        for name, low, high in (
+            ("max_length", 2, 65535),
+            ("batch_size", 1, 65536),
+            ("buckets", 1, 256),
+            ("val_poems", 0, math.inf),
+            ("warmup_steps", 0, math.inf),
+            ("seed", 0, 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise _out_of_range(name, value, f"from {low} to {high}" if high != math.inf else f"at least {low}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise _out_of_range(name, value, "a finite number, 0 or more")
+        if not self.max_grad_norm > 0:
+            raise _out_of_range("max_grad_norm", self.max_grad_norm, "above 0 (inf does not clip)")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise _out_of_range("dropout", self.dropout, "from 0 to below 1")
+        if self.loss_on_padding and self.batching == "pack":
+            raise InputError("--loss-on-padding", "packed batches have no padding", "drop it, or use --batching pad")
+        if self.resume and self.out is None:
+            raise InputError("--resume", "it needs to know which run", "name the run's folder with --out")
+        return self
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "notebook": {
+        "batching": "pad",
+        "loss_on_padding": True,
+        "schedule": "epoch-cosine",
+        "precision": "fp32",
+        "val_poems": 0,
+    },
+}
+
+# What `python -m fastpoem.train` does on its own: the bundled verses, a small model from scratch, a poem at the end.
+EMBEDDED: dict[str, Any] = {
+    "from_scratch": True,
+    "epochs": 20,
+    "lr": 1e-3,
+    "schedule": "cosine",
+    "warmup_steps": 40,
+    "log_every": 50,
+    "sample": "春",
+}
+
+
+def with_defaults(given: TrainConfig) -> TrainConfig:
+    """The defaults under which `given`'s flags are to be read: those of its recipe, and the embedded run's where it names no data and no model."""
+    embedded = EMBEDDED if given.data is None and given.model is None else {}
+    return TrainConfig(**{**embedded, **RECIPES[given.recipe]})
+
+
+def from_kwargs(**settings: Any) -> TrainConfig:
+    """The checked configuration of `fastpoem.fit(...)`: same names, same defaults as the flags.
+
+    Raises InputError for a name that is no setting or a value out of range or of the wrong kind.
+    """
+    known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name, value in settings.items():
+        if name not in known:
+            raise InputError(name, "no such setting", "see fastpoem.config.TrainConfig")
+        settings[name] = _coerce(name, value, str(known[name].type))
+    base = with_defaults(TrainConfig(**settings))
+    return dataclasses.replace(base, **settings).check()
+
+
+def _coerce(name: str, value: Any, kind: str) -> Any:
+    """Check a keyword's value against its annotation, so that a call is held to what the command line is held to."""
+    if value is None and "None" in kind:
+        return None
+    if kind.startswith("Literal"):
+        allowed = [word.strip(" '\"") for word in kind[len("Literal[") : -1].split(",")]
+        if value not in allowed:
+            raise InputError(name, f"{value!r} is not one of them", "use " + " or ".join(allowed))
+        return value
+    base = kind.split(" |")[0]
+    if base == "str":
+        return str(value)
+    right = {"bool": bool, "int": int, "float": (int, float)}[base]
+    if not isinstance(value, right) or (base != "bool" and isinstance(value, bool)):
+        raise InputError(
+            name, f"{value!r} is not a number" if base != "bool" else f"{value!r} is not True or False", f"give {base}"
+        )
+    return float(value) if base == "float" else value
+
+
+def _out_of_range(name: str, value: object, allowed: str) -> InputError:
+    return InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {allowed}")

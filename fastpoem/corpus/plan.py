@@ -1,0 +1,177 @@
+"""The order of training: which poems make batch `step` of epoch `epoch`, as a pure function of (seed, epoch, step).
+
+Nothing is drawn, stored or replayed: a keyed permutation answers "what stands at position i" on its own, so any step of any epoch can
+be asked for directly, in memory that does not depend on the corpus. In bucket order
+
+* each bucket's rows are permuted and cut into batches; the fewer-than-a-batch left over join the next longer bucket's pool, so an epoch
+  has exactly floor(poems / batch) steps and leaves out at most batch - 1 poems;
+* the batches of all buckets are permuted together, which removes the saw-tooth of lengths that sorting brings.
+
+The permutation is a generalised Feistel network over Z_a x Z_b with a * b just above n, and cycle walking back into range (Black and
+Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fastpoem.errors import InputError
+
+_ROUNDS = 8  # 4 make a strong pseudorandom permutation of a large domain; small ones need more to mix
+_U64 = np.uint64
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser (Steele, Lea, Flood 2014) on uint64, wrapping."""
+    x = (x ^ (x >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U64(27))) * _U64(0x94D049BB133111EB)
+    return x ^ (x >> _U64(31))
+
+
+def key_of(*parts: int) -> int:
+    """One 64-bit key from several integers; the order of the parts matters."""
+    key = np.zeros(1, _U64)
+    for part in parts:
+        key = mix(key * _U64(0x9E3779B97F4A7C15) + _U64(part & (2**64 - 1)) + _U64(0x632BE59BD9B4E019))
+    return int(key[0])
+
+
+def permute(n: int, key: int, positions: np.ndarray) -> np.ndarray:
+    """What the keyed permutation of range(n) has at `positions` (any shape, int64, each in [0, n)); int64 of the same shape."""
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)  # a * b is at least n, and less than n + a
+    round_keys = mix(_U64(key) + np.arange(1, _ROUNDS + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x // _U64(b), x % _U64(b)  # in [0, a), [0, b)
+        for left_key, right_key in round_keys.reshape(-1, 2):
+            left = (left + mix(right ^ left_key) % _U64(a)) % _U64(a)
+            right = (right + mix(left ^ right_key) % _U64(b)) % _U64(b)
+        return left * _U64(b) + right
+
+    out = network(positions.astype(_U64).ravel())
+    while (
+        outside := np.flatnonzero(out >= _U64(n))
+    ).size:  # cycle walking: the permutation of a * b, restricted to range(n)
+        out[outside] = network(out[outside])
+    return out.astype(np.int64).reshape(positions.shape)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The poems of one batch."""
+
+    length: int  # the bucket edge that holds the longest of them
+    bucket: np.ndarray  # (B,) int64, the bucket each poem is stored in
+    index: np.ndarray  # (B,) int64, its row there
+
+
+class Order(Protocol):
+    """The batches of training: `steps` an epoch, each asked for by (epoch, step), 0 <= step < steps."""
+
+    steps: int
+
+    def __call__(self, epoch: int, step: int) -> Step: ...
+
+
+def held_out_rows(rows: int, count: int | None, seed: int) -> np.ndarray:
+    """Rows of the text held out for validation, sorted int64: `count` (None: 512), never more than 5% of them."""
+    count = min(512 if count is None else count, rows // 20)
+    return np.sort(permute(rows, key_of(seed, -1), np.arange(count)))
+
+
+def skip(held: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """The rows that stand at `index` when the sorted rows `held` are left out of the count."""
+    return index + np.searchsorted(held - np.arange(len(held)), index, side="right")
+
+
+def whole_steps(poems: int, batch: int) -> int:
+    """floor(poems / batch). Raises InputError where that is nothing."""
+    if poems < batch:
+        raise InputError(
+            f"{poems} poems", f"fewer than a batch of {batch}", "lower --batch-size (or --val-poems), or add poems"
+        )
+    return poems // batch
+
+
+class BucketOrder:
+    """Batches of poems of like length: the default.
+
+    lengths, rows: (buckets,) ascending edges and rows of each. held_out: for each bucket, its sorted rows that are not trained on.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], rows: Sequence[int], held_out: Sequence[np.ndarray], batch: int, seed: int
+    ) -> None:
+        self.lengths, self.held_out, self.batch, self.seed = lengths, held_out, batch, seed
+        self.rows = [n - len(held) for n, held in zip(rows, held_out, strict=True)]
+        self.steps = whole_steps(sum(self.rows), batch)
+        self._epoch = -1
+
+    def _start(self, epoch: int) -> None:
+        """Resolve which rows each bucket hands on to the next: O(buckets * batch)."""
+        buckets, batch = len(self.rows), self.batch
+        self._keys = [key_of(self.seed, epoch, bucket) for bucket in range(buckets + 1)]  # the last orders the batches
+        self._carried: list[tuple[np.ndarray, np.ndarray]] = []  # into each bucket's pool: (bucket, row)
+        self._first_step = [0]
+        carry = (np.empty(0, np.int64), np.empty(0, np.int64))
+        for bucket, rows in enumerate(self.rows):
+            self._carried.append(carry)
+            pool = rows + len(carry[0])
+            self._first_step.append(self._first_step[-1] + pool // batch)
+            carry = self._pool(bucket, np.arange(pool - pool % batch, pool))
+        self._epoch = epoch
+
+    def _pool(self, bucket: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(bucket, row) at `positions` of a bucket's permuted pool, which is its own rows and then those carried into it."""
+        own, (carried_bucket, carried_row) = self.rows[bucket], self._carried[bucket]
+        if not positions.size:
+            return positions, positions
+        at = permute(own + len(carried_bucket), self._keys[bucket], positions)
+        if not len(carried_bucket):
+            return np.full_like(at, bucket), at
+        beyond = np.clip(at - own, 0, None)
+        return np.where(at < own, bucket, carried_bucket[beyond]), np.where(at < own, at, carried_row[beyond])
+
+    def __call__(self, epoch: int, step: int) -> Step:
+        if epoch != self._epoch:
+            self._start(epoch)
+        number = int(permute(self.steps, self._keys[-1], np.array([step]))[0])
+        pool = int(np.searchsorted(self._first_step, number, side="right")) - 1
+        start = (number - self._first_step[pool]) * self.batch
+        bucket, row = self._pool(pool, np.arange(start, start + self.batch))
+        for one in set(bucket.tolist()):
+            row[bucket == one] = skip(self.held_out[one], row[bucket == one])
+        return Step(self.lengths[pool], bucket, row)
+
+
+class TextOrder:
+    """Batches of poems whatever their length: a permutation of the whole text, or with seed None the text as it stands.
+
+    locate: rows of the text (B,) -> (bucket, row in it), both (B,) int64; a store's.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        rows: int,
+        locate: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+        held_out: np.ndarray,
+        batch: int,
+        seed: int | None,
+    ) -> None:
+        self.lengths, self.locate, self.held_out, self.batch, self.seed = lengths, locate, held_out, batch, seed
+        self.poems = rows - len(held_out)
+        self.steps = whole_steps(self.poems, batch)
+
+    def __call__(self, epoch: int, step: int) -> Step:
+        position = np.arange(step * self.batch, (step + 1) * self.batch)
+        if self.seed is not None:
+            position = permute(self.poems, key_of(self.seed, epoch), position)
+        bucket, row = self.locate(skip(self.held_out, position))
+        return Step(self.lengths[int(bucket.max())], bucket, row)

@@ -1,0 +1,1 @@
+"""What runs on the device: flat parameters, precision, the training step."""

@@ -1,0 +1,90 @@
+"""Parameters, gradients and moments in flat buffers, and the learning rate's schedules.
+
+With every parameter a view of one buffer there is one norm, one clip, one update (and one all-reduce) instead of one a tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from fastpoem_kernels import clipped_adamw_
+from torch import Tensor, nn
+
+ALIGN = 64  # elements: every view starts on a 128-byte boundary even in bf16, so that kernels may use wide accesses
+
+
+class FlatAdamW:
+    """Clipped AdamW over a module's parameters, which become views of flat buffers (as do their gradients).
+
+    The masters are float32; with dtype bfloat16 the module computes on a bfloat16 copy that the update rewrites. No method
+    synchronises with the device. Tensors: `master`, `exp_avg`, `exp_avg_sq` (P,) float32; `grad`, `working` (P,) in dtype;
+    `applied`, `lr`, `max_norm` 0-D float32.
+    """
+
+    def __init__(
+        self, module: nn.Module, device: torch.device, dtype: torch.dtype, *, weight_decay: float, max_norm: float
+    ) -> None:
+        self.weight_decay = weight_decay
+        self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        sizes = [-(-shape.numel() // ALIGN) * ALIGN for shape in self.shapes.values()]
+        self.offsets = dict(zip(self.shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
+        self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(sizes), device=device) for _ in range(3))
+        self.grad = torch.zeros(sum(sizes), device=device, dtype=dtype)
+        self.applied, self.lr = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.max_norm = torch.tensor(max_norm, dtype=torch.float32, device=device)
+        self.working = self.master if dtype == torch.float32 else torch.empty_like(self.grad)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                self.view(self.master, name).copy_(parameter)
+                parameter.data = self.view(self.working, name)
+                parameter.grad = self.view(self.grad, name)
+            self.working.copy_(self.master)
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """A parameter's part of one of the flat buffers, in its own shape."""
+        start, shape = self.offsets[name], self.shapes[name]
+        return flat[start : start + shape.numel()].view(shape)
+
+    def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.view(flat, name)) for name in self.shapes)
+
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and update from `grad` at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool):
+        a step whose norm or `loss` is not finite is skipped and changes nothing."""
+        return clipped_adamw_(
+            self.master,
+            self.grad,
+            self.exp_avg,
+            self.exp_avg_sq,
+            step=self.applied,
+            lr=self.lr,
+            max_norm=self.max_norm,
+            weight_decay=self.weight_decay,
+            loss=loss,
+            low_precision=None if self.working is self.master else self.working,
+        )
+
+    def reload(self) -> None:
+        """Renew the working copy after the masters were written from outside."""
+        if self.working is not self.master:
+            self.working.copy_(self.master)
+
+
+def learning_rate(
+    schedule: str, peak: float, step: int, *, steps_per_epoch: int, epochs: int, last_step: int, warmup: int
+) -> float:
+    """Learning rate of the optimizer step after `step` others.
+
+    epoch-cosine: `CosineAnnealingLR(T_max=epochs)` stepped once an epoch. cosine: from peak at the end of the warm-up to zero at
+    `last_step`. constant: peak. All rise linearly over `warmup` steps.
+    """
+    rise = min(1.0, (step + 1) / (warmup + 1))
+    if schedule == "epoch-cosine":
+        fall = (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs)) / 2
+    elif schedule == "cosine":
+        fall = (1 + math.cos(math.pi * max(0, step - warmup) / max(1, last_step - warmup))) / 2
+    else:
+        fall = 1.0
+    return peak * rise * fall

@@ -1,0 +1,12 @@
+"""The one exception for mistakes of the user: what it names, why it is wrong, and how to mend it.
+
+Commands print it as one line on stderr and exit with code 2; everything else is a bug and keeps its traceback.
+"""
+
+
+class InputError(Exception):
+    """`thing`: the file, flag or value as the user wrote it. `reason`: why it cannot be used. `mend`: what to do instead."""
+
+    def __init__(self, thing: object, reason: str, mend: str) -> None:
+        self.thing, self.reason, self.mend = str(thing), reason, mend
+        super().__init__(" ".join(f"{thing}: {reason}; {mend}".split()))  # one line, whatever the parts contain

@@ -1,0 +1,110 @@
+"""`python -m fastpoem.generate`: poems from a trained model, through Hugging Face's `generate`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastpoem.cli import parse, run_command
+from fastpoem.errors import InputError
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write poems with a trained model."""
+
+    model: str
+    """Folder of the model (RUN/model), or a Hugging Face name."""
+    prompt: str = ""
+    """How the poem begins."""
+    count: int = 1
+    """Poems to write."""
+    max_length: int = 128
+    """Longest poem in tokens, the prompt included."""
+    temperature: float = 1.0
+    """Below 1 is safer, above 1 bolder; 0 always takes the likeliest character."""
+    top_k: int = 50
+    """Choose among the k likeliest characters; 0 among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest characters that together have this probability."""
+    seed: int | None = None
+    """Same seed, same poems."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
+
+    def check(self) -> GenerateConfig:
+        rules = (
+            ("count", 1 <= self.count <= 10_000, "use 1 to 10000"),
+            ("max_length", self.max_length >= 3, "use 3 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "use 0 or more"),
+            ("top_k", self.top_k >= 0, "use 0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "use more than 0, at most 1"),
+        )
+        for name, fine, mend in rules:
+            if not fine:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}", "out of range", mend)
+        return self
+
+
+def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
+    """`count` poems that begin with `prompt`. options: the other fields of GenerateConfig. Raises InputError."""
+    config = GenerateConfig(model=str(model), prompt=prompt, **options).check()  # type: ignore[arg-type]
+
+    from fastpoem.engine.precision import choose_device
+    from fastpoem.model.hub import resolve_folder
+
+    folder = resolve_folder(config.model)
+    device = choose_device(config.device)
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    from transformers import BertTokenizer, GPT2LMHeadModel
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        network = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=(folder / "model.safetensors").exists())
+        tokenizer = BertTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(folder, f"cannot be loaded ({error})", "name the model folder of a finished run") from error
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    start = torch.tensor([[tokenizer.cls_token_id, *ids]], device=device)  # (1, T)
+    longest = min(config.max_length, network.config.n_positions)
+    if start.shape[1] >= longest:
+        raise InputError(
+            f"--prompt of {len(ids)} tokens", f"leaves no room within {longest}", "shorten it or raise --max-length"
+        )
+    choose = {"do_sample": True, "temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    if config.seed is not None:
+        torch.manual_seed(config.seed)
+    out = network.to(device).generate(  # (count, T)
+        start,
+        attention_mask=torch.ones_like(start),
+        max_length=longest,
+        num_return_sequences=config.count if config.temperature > 0 else 1,
+        eos_token_id=tokenizer.sep_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **(choose if config.temperature > 0 else {"do_sample": False}),
+    )
+    poems = [_without_gaps(tokenizer.decode(row, skip_special_tokens=True)) for row in out]
+    return poems if config.temperature > 0 else poems * config.count  # without chance, all are the same
+
+
+def _without_gaps(text: str) -> str:
+    """The decoder joins tokens with spaces; between characters that are not both Latin they do not belong."""
+    return re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(GenerateConfig, argv, prog="python -m fastpoem.generate").check()
+    options = {name: value for name, value in vars(config).items() if name not in ("model", "prompt")}
+    for poem in sample(config.model, config.prompt, **options):
+        print(poem)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,141 @@
+"""GPT-2 with a tied head, in Hugging Face's parameter names and layouts, so that weights pass in and out without translation.
+
+Why not transformers' own: importing it takes seconds, and the step wants what it does not offer: no caches, masks or output objects on
+the way, logits already flat for the fused loss, and packed batches. The arithmetic is the same (Radford et al., "Language Models are
+Unsupervised Multitask Learners", 2019): pre-norm blocks, learned positions, tanh-approximated GELU, weights of shape (in, out).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastpoem.model.attention import Packing, causal_attention
+
+ACTIVATIONS = {
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+    "gelu": "none",
+}  # config's name -> F.gelu's approximation
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The shape of the model, in the names of Hugging Face's config.json."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    embd_pdrop: float = 0.1
+    attn_pdrop: float = 0.1
+    resid_pdrop: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+
+
+class Affine(nn.Module):
+    """x @ weight + bias, weight (in, out): what Hugging Face calls Conv1D."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width_in, width_out))
+        self.bias = nn.Parameter(torch.zeros(width_out))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, in) -> (B, T, out)
+        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Affine(config.n_embd, config.n_embd)
+        self.heads, self.dropout = config.n_head, config.attn_pdrop
+        self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+        if config.scale_attn_by_inverse_layer_idx:
+            self.scale /= layer + 1
+
+    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        dropout = self.dropout if self.training else 0.0
+        return self.c_proj(causal_attention(self.c_attn(x), self.heads, self.scale, dropout, packing))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = Affine(config.n_embd, inner)
+        self.c_proj = Affine(inner, config.n_embd)
+        self.approximate = ACTIVATIONS[config.activation_function]
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPT2Config, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.dropout = config.resid_pdrop
+
+    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+        x = x + F.dropout(self.attn(self.ln_1(x), packing), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = config.embd_pdrop
+
+    def forward(self, ids: Tensor, packing: Packing | None) -> Tensor:  # (B, T) int64 -> (B, T, D)
+        positions = self.wpe.weight[: ids.shape[1]] if packing is None else self.wpe(packing.positions)  # (T or N, D)
+        x = F.dropout(self.wte(ids) + positions, self.dropout, self.training)
+        for block in self.h:
+            x = block(x, packing)
+        return self.ln_f(x)
+
+
+class GPT2(nn.Module):
+    """The language model. `state_dict()` has the names of `GPT2LMHeadModel` (whose tied `lm_head.weight` is `transformer.wte.weight`)."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+
+    def forward(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
+        """ids (B, T) int64 -> next-token logits (B * T, V), rows in the order of ids. With `packing`, ids is (1, N)."""
+        hidden = self.transformer(ids, packing)  # (B, T, D)
+        return F.linear(hidden.flatten(0, 1), self.transformer.wte.weight)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the weights as GPT-2's are: normal(0, initializer_range), residual projections divided by sqrt(2 * n_layer)."""
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1)
+            else:
+                narrow = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 1
+                parameter.normal_(0, std / narrow, generator=generator)

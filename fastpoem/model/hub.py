@@ -1,0 +1,183 @@
+"""Hugging Face model folders in and out, without importing transformers: config.json, weights, and the tokenizer's files as they are.
+
+Weights are read from safetensors, or from pytorch_model.bin as plain tensors (`weights_only=True`); nothing in a folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastpoem.errors import InputError
+from fastpoem.model.gpt2 import ACTIVATIONS, GPT2, GPT2Config
+
+BUNDLED = Path(__file__).parent.parent / "assets"  # the verses and the small model of the embedded default
+_WANTED = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
+
+
+def resolve_folder(name_or_dir: str) -> Path:
+    """The local folder of a model: itself, or the download of a Hugging Face name. Raises InputError where there is neither."""
+    folder = Path(name_or_dir).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.exists():
+        raise InputError(folder, "no model folder: it has no config.json", "name a folder in Hugging Face format")
+    looks_local = folder.is_absolute() or name_or_dir.startswith(".") or name_or_dir.count("/") != 1
+    if looks_local:
+        raise InputError(
+            name_or_dir, "no such folder", "check the path, or give a Hugging Face name such as owner/model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(name_or_dir, allow_patterns=_WANTED))
+    except Exception as error:  # the library raises a dozen kinds: no network, no such name, gated, offline mode
+        reason = f"it could not be fetched from the hub ({type(error).__name__})"
+        raise InputError(
+            name_or_dir, reason, "check the name and the network, or give --model a local folder"
+        ) from error
+    if not (path / "config.json").is_file():
+        raise InputError(name_or_dir, "its repository has no config.json", "name a GPT-2 model in Hugging Face format")
+    return path
+
+
+def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
+    """The model's shape, and config.json as it stands. Raises InputError for a model that is not a GPT-2 this module computes."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"unreadable ({error})", "restore the file from where the model came from") from error
+    if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
+        kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
+        raise InputError(path, f"describes {kind!r}, not a GPT-2", "use a model whose model_type is gpt2")
+    for name, supported in (("add_cross_attention", False), ("tie_word_embeddings", True)):
+        if raw.get(name, supported) != supported:
+            raise InputError(path, f"{name} is {raw[name]}", f"only {name}={supported} is supported")
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(GPT2Config)}
+    given = {name: raw[name] for name in kinds if raw.get(name) is not None}
+    defaults = {
+        "vocab_size": 50257,
+        "n_positions": 1024,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+    }  # GPT2Config's of Hugging Face
+    shape = {**defaults, **given}
+    for name, value in shape.items():
+        kind = kinds[name].split(" ")[0]
+        right = isinstance(value, {"int": int, "float": int | float, "bool": bool, "str": str}[kind])
+        if not right or (kind != "bool" and isinstance(value, bool)):
+            raise InputError(path, f"{name} is {value!r}", f"give it as {kind}")
+        if kind == "int" and not 1 <= value <= 2**24:
+            raise InputError(path, f"{name} is {value}", "give a number from 1 to 16777216")
+        if name.endswith("pdrop") and not 0 <= value < 1:
+            raise InputError(path, f"{name} is {value}", "give a probability from 0 to below 1")
+    if shape["n_embd"] % shape["n_head"]:
+        raise InputError(
+            path, f"n_embd {shape['n_embd']} is no multiple of n_head {shape['n_head']}", "correct one of them"
+        )
+    if shape.get("activation_function", "gelu_new") not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise InputError(
+            path, f"activation_function {shape['activation_function']!r} is not known", f"use one of {known}"
+        )
+    return GPT2Config(**shape), raw
+
+
+def load_weights(model: GPT2, folder: Path) -> None:
+    """Copy a folder's weights into `model`. Raises InputError where they are missing, damaged or of another shape."""
+    tensors = _read_tensors(folder)
+    prefix = "transformer."
+    wanted = model.state_dict()
+    found = {
+        name if name.startswith((prefix, "lm_head.")) else prefix + name: tensor for name, tensor in tensors.items()
+    }
+    for name, parameter in wanted.items():
+        if name not in found:
+            raise InputError(folder, f"its weights lack {name}", "use the weights that belong to this config.json")
+        if found[name].shape != parameter.shape:
+            shapes = f"{tuple(found[name].shape)} in the weights, {tuple(parameter.shape)} by config.json"
+            raise InputError(folder, f"{name} has shape {shapes}", "use the weights that belong to this config.json")
+        if not found[name].isfinite().all():
+            raise InputError(folder, f"{name} holds NaN or infinity", "use undamaged weights")
+    head = found.get("lm_head.weight")
+    if head is not None and not torch.equal(head, found["transformer.wte.weight"]):
+        raise InputError(folder, "its head is not tied to its embedding", "only tied GPT-2 weights are supported")
+    layers = {name.split(".")[2] for name in found if name.startswith("transformer.h.")}
+    if len(layers) > model.config.n_layer:
+        raise InputError(
+            folder, f"{len(layers)} layers in the weights, {model.config.n_layer} by config.json", "correct n_layer"
+        )
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(found[name])
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    index = folder / "model.safetensors.index.json"
+    path = folder / "model.safetensors"
+    try:
+        if path.is_file():
+            return load_file(path)
+        if index.is_file():
+            path = index
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            if any(Path(shard).name != shard for shard in shards):
+                raise InputError(index, "names a file outside its folder", "use an unaltered model folder")
+            return {name: tensor for shard in sorted(shards) for name, tensor in load_file(folder / shard).items()}
+        path = folder / "pytorch_model.bin"
+        if path.is_file():
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a damaged file makes the parsers raise
+        reason = f"unreadable weights ({type(error).__name__}: {error})"
+        raise InputError(path, reason, "fetch the file again, or train with --from-scratch") from error
+    raise InputError(
+        folder, "no weights (model.safetensors or pytorch_model.bin)", "add them, or train with --from-scratch"
+    )
+
+
+def save_folder(
+    folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any], tokenizer_files: Iterable[Path]
+) -> None:
+    """Write a model folder that transformers loads with no further argument; `folder` appears whole or not at all.
+
+    weights: as of `GPT2.state_dict()`, on any device. config: of config.json. An existing folder is replaced.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for path in tokenizer_files:
+            shutil.copyfile(path, made / path.name)
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+        (made / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        made.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+            os.rename(folder, old / "replaced")
+            os.rename(made, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(made, folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+
+
+def saved_config(raw: Mapping[str, Any], config: GPT2Config, special: Mapping[str, int]) -> dict[str, Any]:
+    """config.json of a trained model: as it came, with the dropout it was trained with and the tokenizer's own special ids."""
+    dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
+    return {**raw, **dropout, **special, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
