@@ -101,7 +101,7 @@ def _ours(folder: Path) -> bool:
 def source_digest(source: Path) -> dict[str, Any]:
     """{"name", "size", "sha256"} of the bytes of a text, or of all files of a collection and their names."""
     files = source_files(source)
-    size = sum(path.stat().st_size for path in files)
+    size = sum(size for _, size, _ in _stamps(source))
     if not source.is_dir():
         return {"name": source.name, "size": size, "sha256": file_hash(source)}
     total = hashlib.sha256()
@@ -111,7 +111,11 @@ def source_digest(source: Path) -> dict[str, Any]:
 
 
 def _stamps(source: Path) -> list[tuple[int, int, int]]:
-    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in map(os.stat, source_files(source))]
+    """What changes when a file of the source does."""
+    try:
+        return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in map(os.stat, source_files(source))]
+    except OSError as error:
+        raise InputError(source, f"cannot be read ({error.strerror})", "check its files and permissions") from None
 
 
 def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:

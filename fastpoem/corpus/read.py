@@ -303,12 +303,21 @@ def _foreign(path: Path, line: int, encoding: str | None) -> InputError:
 
 
 def _nul(path: Path, line: int, data: bytes) -> InputError:
-    even, odd = data[0::2].count(0), data[1::2].count(0)
-    if min(even, odd) * 8 < max(even, odd) and b"\xff" not in data[:2] and max(even, odd) > len(data) // 64:
+    if _looks_wide(data[: 1 << 16]):
         return _foreign(path, line, "UTF-16")
     return InputError(
         f"{path}, line {line}", "holds a NUL byte, so it is binary, not text", "name a text file in UTF-8"
     )
+
+
+def _looks_wide(sample: bytes) -> bool:
+    """Whether bytes with NULs read as UTF-16 without its mark: nearly all characters usual, some of them ASCII."""
+    for encoding in ("utf-16-le", "utf-16-be"):
+        text = sample[: len(sample) & ~1].decode(encoding, "replace")
+        usual = sum("一" <= char <= "鿿" or char in "\r\n\t，。" or " " <= char <= "~" for char in text)
+        if text and usual >= 0.9 * len(text) and 50 * sum(map(str.isascii, text)) >= len(text):
+            return True
+    return False
 
 
 def _converter(name: str) -> Callable[[str], str]:

@@ -65,7 +65,7 @@ class PoemTokenizer:
         library.no_truncation()
         library.no_padding()
         rules = json.loads(library.to_str())
-        self.fingerprint = _fingerprint(rules, special, truncation_side)
+        self.fingerprint = _fingerprint(rules, special, truncation_side, library.encode_special_tokens)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)  # of token ids
         self._table = _Table(library, rules) if _is_bert(library, rules, special) else None
 
@@ -247,6 +247,6 @@ def _is_bert(library: Tokenizer, rules: dict, special: SpecialIds) -> bool:
     return library.encode("").ids == frame and library.encode("a,").ids == [special.cls, *inner, special.sep]
 
 
-def _fingerprint(rules: dict, special: SpecialIds, truncation_side: str) -> str:
-    text = json.dumps([rules, vars(special), truncation_side], sort_keys=True)
+def _fingerprint(rules: dict, *more: object) -> str:
+    text = json.dumps([rules, *more], sort_keys=True, default=vars)
     return hashlib.sha256(text.encode()).hexdigest()
