@@ -69,6 +69,12 @@ def _clipped_adamw(
     eps: float,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor]:
+    if runs_triton(param):
+        from fastpoem_kernels import adamw_triton  # only here: the CPU needs no Triton
+
+        return adamw_triton.clipped_adamw(
+            param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay
+        )
     norm = _norm(grad)
     finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
     step.add_(finite)

@@ -67,7 +67,7 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, ignore_index, accuracy_ignore_index):
         loss, *counts = _overwrite(logits, target, ignore_index, accuracy_ignore_index)
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits.detach())
         ctx.mark_non_differentiable(*counts)
         return loss, *counts
 
@@ -100,7 +100,7 @@ def _evaluate(
 def _scale(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, costing next to nothing where the factor is 1 (asked on the device, never of it)."""
     if runs_triton(gradient):
-        from fastpoem_kernels import loss_triton
+        from fastpoem_kernels import loss_triton  # only here: the CPU needs no Triton
 
         loss_triton.scale(gradient, factor)
     elif factor.item() != 1:

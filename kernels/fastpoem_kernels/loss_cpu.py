@@ -9,7 +9,7 @@ of what memory allows and need no compiler; the one that does not vectorise, arg
 import torch
 from torch import Tensor
 
-CACHE = 640 * 1024  # bytes of float32 logits a thread works on at a time: within one core's L2
+CACHE = 1024 * 1024  # bytes of float32 logits a thread works on at a time: within one core's L2
 
 
 def cross_entropy(
@@ -28,7 +28,7 @@ def cross_entropy(
     valid = rows - ignored.sum()
     weight = valid.clamp(min=1).reciprocal()  # float32
     losses = torch.zeros(rows, dtype=torch.float32)
-    hits = torch.zeros(rows, dtype=torch.bool)
+    hits, columns = [False] * rows, index.tolist()
     step = torch.get_num_threads() * max(1, CACHE // (4 * vocabulary))
     in_place = overwrite and logits.dtype == torch.float32 and logits.is_contiguous()
     scratch = None if in_place else torch.empty(min(step, rows), vocabulary)
@@ -38,16 +38,17 @@ def cross_entropy(
         largest = work.amax(1, keepdim=True)  # (b, 1)
         logit = work.gather(1, wanted)  # (b, 1)
         for row in (logit == largest).flatten().nonzero().flatten().tolist():
-            before = work[row, : wanted[row, 0]]
-            hits[start + row] = len(before) == 0 or bool(before.max() < largest[row, 0])
+            before = work[row, : columns[start + row]]
+            hits[start + row] = len(before) == 0 or before.max().item() < largest[row].item()
         torch.softmax(work, 1, out=work)
         # The largest probability is 1 / sum(exp(logit - largest)), never small: no logarithm of an underflowed target.
         losses[start : start + step] = (largest - logit - work.amax(1, keepdim=True).log()).flatten()
         if overwrite:
             work.mul_(weight).scatter_add_(1, wanted, -weight.expand_as(wanted))
-            work[ignored[start : start + step]] = 0
             if work is not block:
                 block.copy_(work)
+    if overwrite:
+        logits.index_fill_(0, ignored.nonzero().flatten(), 0)  # a fill, not a product: NaN times 0 is NaN
     loss = losses.masked_fill_(ignored, 0).sum(dtype=torch.float64) * weight.double()
     counts = ~ignored if accuracy_ignore_index is None else ~ignored & (target != accuracy_ignore_index)
-    return loss.float(), (hits & counts).sum(), valid, counts.sum()
+    return loss.float(), (torch.tensor(hits, dtype=torch.bool) & counts).sum(), valid, counts.sum()
