@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastpoem.model.hub import resolve_folder
 from rich.console import Console
 
 from fastpoem.cli import parse, run_command
@@ -11,6 +10,7 @@ from fastpoem.corpus.make import check_goal, check_settings
 from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import prepare_store, summarise
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.model.hub import resolve_folder
 
 
 @dataclass(frozen=True)

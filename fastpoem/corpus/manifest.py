@@ -5,8 +5,10 @@ compares it with the size on disk before a byte is mapped. A checksum over the m
 in it known.
 """
 
+import bisect
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ VERSION = 1
 MANIFEST, ROW_MAP = "manifest.json", "rows.bucket"
 MANIFEST_BYTES = 1 << 23
 MAX_BUCKETS, MAX_LENGTH = 255, 65535
+COUNTS = ("rows", "tokens", "blank", "truncated", "unknown", "duplicates")
 MEND = "prepare the store again"
 
 
@@ -75,7 +78,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _fault(manifest: dict[str, Any]) -> str | None:
     """What is wrong with a manifest of our version, or None. Types and ranges first: the rest relies on them."""
-    text = lambda value: isinstance(value, str) and len(value) < 1 << 16
+    text = lambda value: isinstance(value, str)
     tokenizer, counts, buckets, files = (manifest.get(key) for key in ("tokenizer", "counts", "buckets", "files"))
     if manifest.get("dtype") not in ("<u2", "<u4"):
         return "its dtype is neither <u2 nor <u4"
@@ -88,7 +91,7 @@ def _fault(manifest: dict[str, Any]) -> str | None:
         return "a special id is outside the vocabulary"
     if not _whole(manifest.get("max_length"), 2, MAX_LENGTH):
         return "its max_length is impossible"
-    if not isinstance(counts, dict) or not all(_whole(count, 0, 1 << 62) for count in counts.values()):
+    if not isinstance(counts, dict) or not all(_whole(counts.get(name), 0, 1 << 62) for name in COUNTS):
         return "its counts are impossible"
     if not isinstance(buckets, list) or not 1 <= len(buckets) <= MAX_BUCKETS:
         return "it has no bucket table"
@@ -104,10 +107,33 @@ def _fault(manifest: dict[str, Any]) -> str | None:
     for name, entry in files.items():
         if not isinstance(entry, dict) or entry.get("size") != sizes[name] or not text(entry.get("sha256")):
             return f"the record of {name} does not follow from the bucket table"
-    for key in ("source", "histogram", "unknown"):
-        if key not in manifest:
-            return f"it has no {key}"
+    if not isinstance(manifest.get("source"), dict) or not _pairs(manifest.get("unknown"), text):
+        return "its account of the text is malformed"
+    if not _pairs(manifest.get("histogram"), _whole) or _tallies(manifest["histogram"], lengths) != [
+        counts["tokens"],
+        *(rows for _, rows in buckets),
+    ]:
+        return "its histogram does not agree with its buckets"
     return None if manifest.get("checksum") == _checksum(manifest) else "its checksum does not agree"
+
+
+def _pairs(value: object, is_first: Callable[[object], bool]) -> bool:
+    """Whether `value` is a list of [something, how many]."""
+    return isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and is_first(pair[0]) and _whole(pair[1], 1) for pair in value
+    )
+
+
+def _tallies(histogram: list[list[int]], edges: list[int]) -> list[int] | None:
+    """Tokens, and the rows of each bucket, by a histogram of [length, poems]; None where a length fits no bucket."""
+    tallies = [0] * (1 + len(edges))
+    for length, poems in histogram:
+        index = bisect.bisect_left(edges, length)
+        if not length >= 1 or index == len(edges):
+            return None
+        tallies[0] += length * poems
+        tallies[1 + index] += poems
+    return tallies
 
 
 def expected_sizes(manifest: dict[str, Any]) -> dict[str, int]:
@@ -120,7 +146,7 @@ def expected_sizes(manifest: dict[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _whole(value: object, least: int, most: int | None = None) -> bool:
+def _whole(value: object, least: int = 1, most: int | None = None) -> bool:
     return type(value) is int and value >= least and (most is None or value <= most)
 
 
