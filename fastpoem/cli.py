@@ -33,7 +33,7 @@ def parse(
     args = sys.argv[1:] if argv is None else list(argv)
     try:
         with contextlib.redirect_stderr(said):
-            config, unknown = tyro.cli(
+            config, unknown = tyro.cli(  # type: ignore[misc]
                 cls, args=args, prog=prog, description=cls.__doc__, default=default, return_unknown_args=True
             )
     except SystemExit as stop:

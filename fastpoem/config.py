@@ -182,11 +182,13 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     base = kind.split(" |")[0]
     if base == "str":
         return str(value)
-    right = {"bool": bool, "int": int, "float": (int, float)}[base]
-    if not isinstance(value, right) or (base != "bool" and isinstance(value, bool)):
-        raise InputError(
-            name, f"{value!r} is not a number" if base != "bool" else f"{value!r} is not True or False", f"give {base}"
-        )
+    fits = {
+        "bool": isinstance(value, bool),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, int | float) and not isinstance(value, bool),
+    }
+    if not fits[base]:
+        raise InputError(name, f"{value!r} is of the wrong kind", f"give {'True or False' if base == 'bool' else base}")
     return float(value) if base == "float" else value
 
 

@@ -64,8 +64,8 @@ class Feed:
         if self.batching == "pack":
             positions, unfold, fold = pack_index((lengths - 1).tolist())
             packing = Packing(positions, unfold, fold, poems)
-            packed = (torch.from_numpy(array[real])[None] for array in (inputs, targets))  # (1, N)
-            return Batch(*packed, packing, poems, tokens)
+            inputs, targets = inputs[real][None], targets[real][None]  # (1, N)
+            return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), packing, poems, tokens)
         if not self.pad_targets:
             targets = np.where(real, targets, IGNORE)
         return Batch(

@@ -48,6 +48,8 @@ def permute(n: int, key: int, positions: np.ndarray) -> np.ndarray:
     round_keys = mix(_U64(key) + np.arange(1, _ROUNDS + 1, dtype=_U64) * _U64(0x9E3779B97F4A7C15))
 
     def network(x: np.ndarray) -> np.ndarray:
+        left: np.ndarray
+        right: np.ndarray
         left, right = x // _U64(b), x % _U64(b)  # in [0, a), [0, b)
         for left_key, right_key in round_keys.reshape(-1, 2):
             left = (left + mix(right ^ left_key) % _U64(a)) % _U64(a)

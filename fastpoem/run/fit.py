@@ -90,6 +90,8 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
 
     embedded = config.data is None
     source = hub.BUNDLED / "poems.txt" if config.data is None else Path(config.data).expanduser()
+    if not source.exists():
+        raise InputError(source, "no such file or folder", "check the path given to --data")
     name = config.model or (str(hub.BUNDLED / "model") if embedded else HUB_MODEL)
     model_folder = hub.resolve_folder(name)
     shape, raw_config = hub.read_config(model_folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 
 class Metrics:
@@ -67,7 +67,7 @@ class Voice:
             transient=True,
             disable=quiet or not self.console.is_terminal,
         )
-        self._task = None
+        self._task: TaskID | None = None
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False)

@@ -1,0 +1,155 @@
+"""model/: the same numbers as transformers' GPT-2, and folders that pass both ways."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel, TextGenerationPipeline
+
+from fastpoem.errors import InputError
+from fastpoem.model import hub
+from fastpoem.model.attention import Packing, pack_index
+from fastpoem.model.gpt2 import GPT2
+
+
+def ours(folder) -> GPT2:
+    model = GPT2(hub.read_config(folder)[0])
+    hub.load_weights(model, folder)
+    return model.eval()
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("changes", [{}, {"activation_function": "gelu"}, {"scale_attn_by_inverse_layer_idx": True},
+                                     {"scale_attn_weights": False}, {"n_inner": 48}, {"n_head": 8}])  # fmt: skip
+def test_logits_are_those_of_transformers(tmp_path, changes):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 211, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    theirs = GPT2LMHeadModel(GPT2Config(**{**shape, **changes})).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 211, (3, 40))
+    with torch.no_grad():
+        assert relative(ours(tmp_path)(ids), theirs(ids).logits.flatten(0, 1)) < 1e-5
+
+
+def test_logits_at_the_full_shape(shared_model, tmp_path):
+    config, raw = hub.read_config(shared_model)
+    model = GPT2(config).eval()
+    model.initialise(3)
+    hub.save_folder(tmp_path / "full", model.state_dict(), raw, [])
+    ids = torch.randint(0, config.vocab_size, (2, 66))
+    with torch.no_grad():
+        theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "full").eval()(ids).logits
+        assert relative(model(ids), theirs.flatten(0, 1)) < 1e-5
+
+
+def test_weights_drawn_from_a_seed_are_distributed_as_transformers_draws_them():
+    config = GPT2Config(vocab_size=500, n_positions=64, n_embd=64, n_layer=3, n_head=4)
+    theirs = dict(GPT2LMHeadModel(config).named_parameters())
+    model = GPT2(hub.GPT2Config(500, 64, 64, 3, 4))
+    model.initialise(0)
+    for name, parameter in model.named_parameters():
+        assert parameter.mean().item() == pytest.approx(theirs[name].mean().item(), abs=3e-3), name
+        assert parameter.std().item() == pytest.approx(theirs[name].std().item(), rel=0.1), name
+    again, other = GPT2(model.config), GPT2(model.config)
+    again.initialise(0)
+    other.initialise(1)
+    wte = "transformer.wte.weight"
+    assert torch.equal(model.state_dict()[wte], again.state_dict()[wte])
+    assert not torch.equal(model.state_dict()[wte], other.state_dict()[wte])
+
+
+@settings(deadline=None, max_examples=20)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 100))
+def test_packed_poems_are_computed_as_if_alone(small_model, lengths, seed):
+    model = ours(small_model)
+    torch.manual_seed(seed)
+    poems = [torch.randint(5, model.config.vocab_size, (1, length)) for length in lengths]
+    packing = Packing(*pack_index(lengths), len(lengths))
+    packed = model(torch.cat(poems, dim=1), packing)
+    alone = torch.cat([model(poem) for poem in poems])
+    assert relative(packed, alone) < 1e-5
+    packed_gradient, alone_gradient = (
+        torch.autograd.grad(out.square().sum(), list(model.parameters())) for out in (packed, alone)
+    )
+    for a, b in zip(packed_gradient, alone_gradient, strict=True):
+        assert relative(a, b) < 1e-4
+
+
+def test_folder_round_trip_and_transformers_reads_it(small_model, tmp_path):
+    model = ours(small_model)
+    config, raw = hub.read_config(small_model)
+    config = dataclasses.replace(config, resid_pdrop=0.3)
+    special = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    files = [small_model / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    for _ in range(2):  # the second replaces the first
+        hub.save_folder(tmp_path / "model", model.state_dict(), hub.saved_config(raw, config, special), files)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]  # and nothing is left beside it
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "model")
+    assert theirs.config.resid_pdrop == 0.3
+    tokenizer = BertTokenizer.from_pretrained(tmp_path / "model")
+    said = TextGenerationPipeline(theirs, tokenizer)("春", max_new_tokens=5)
+    assert said[0]["generated_text"].startswith("春")
+    for name, parameter in ours(tmp_path / "model").state_dict().items():
+        assert torch.equal(parameter, model.state_dict()[name])
+
+
+def test_older_weights_are_read(small_model, tmp_path):
+    """pytorch_model.bin; names without `transformer.`; the causal-mask buffers of old checkpoints."""
+    shutil.copy(small_model / "config.json", tmp_path)
+    state = GPT2LMHeadModel.from_pretrained(small_model).state_dict()
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in state.items() if name != "lm_head.weight"}
+    torch.save({**bare, "h.0.attn.bias": torch.ones(1, 1, 4, 4)}, tmp_path / "pytorch_model.bin")
+    for name, parameter in ours(tmp_path).state_dict().items():
+        assert torch.equal(parameter, state[name])
+
+
+class Malicious:
+    def __reduce__(self):
+        return (pytest.fail, ("a pickle was executed",))
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda f: (f / "config.json").unlink(), "config.json"),
+    (lambda f: (f / "config.json").write_text("{"), "unreadable"),
+    (lambda f: edit(f, model_type="bert"), "not a GPT-2"),
+    (lambda f: edit(f, n_head=5), "no multiple"),
+    (lambda f: edit(f, n_layer=3), "lack"),
+    (lambda f: edit(f, n_layer=1), "2 layers in the weights"),
+    (lambda f: edit(f, n_embd=64), "has shape"),
+    (lambda f: edit(f, n_embd="many"), "n_embd"),
+    (lambda f: edit(f, attn_pdrop=float("nan")), "attn_pdrop"),
+    (lambda f: edit(f, activation_function="relu"), "relu"),
+    (lambda f: edit(f, tie_word_embeddings=False), "tie_word_embeddings"),
+    (lambda f: (f / "model.safetensors").unlink(), "no weights"),
+    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]), "unreadable weights"),
+    (lambda f: ((f / "model.safetensors").unlink(), torch.save({"x": Malicious()}, f / "pytorch_model.bin")), "unreadable weights"),
+])  # fmt: skip
+def test_a_damaged_folder_is_refused_by_name(small_model, tmp_path, damage, says):
+    folder = tmp_path / "model"
+    shutil.copytree(small_model, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=says) as error:
+        ours(hub.resolve_folder(str(folder)))
+    assert str(tmp_path) in str(error.value)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name, says", [("/no/such", "no such folder"), ("./nothing", "no such folder"),
+                                        ("nobody/nothing", "hub")])  # fmt: skip
+def test_a_model_that_is_not_there(name, says):
+    with pytest.raises(InputError, match=says):
+        hub.resolve_folder(name)
