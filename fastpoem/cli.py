@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from fastpoem.errors import InputError
 
@@ -33,7 +33,7 @@ def parse(
     args = sys.argv[1:] if argv is None else list(argv)
     try:
         with contextlib.redirect_stderr(said):
-            config, unknown = tyro.cli(  # type: ignore[misc]
+            config, unknown = tyro.cli(
                 cls, args=args, prog=prog, description=cls.__doc__, default=default, return_unknown_args=True
             )
     except SystemExit as stop:
@@ -46,7 +46,7 @@ def parse(
         near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.5)
         mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
         raise InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
-    return config
+    return cast(Config, config)
 
 
 def _first_paragraph(panel: str) -> str:

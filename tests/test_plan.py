@@ -79,7 +79,9 @@ def test_bucket_order_promises(rows, batch, held, seed, epoch):
         assert index not in held_out[bucket]
     for step in steps:
         assert step.length >= 10 + step.bucket.max()  # the shape holds its longest poem
-    again, _ = bucket_order(rows, batch, held, seed)  # a pure function of (seed, epoch, step): asked for backwards, from a fresh object
+    again, _ = bucket_order(
+        rows, batch, held, seed
+    )  # a pure function of (seed, epoch, step): asked for backwards, from a fresh object
     for number in reversed(range(order.steps)):
         one = again(epoch, number)
         assert np.array_equal(one.bucket, steps[number].bucket)

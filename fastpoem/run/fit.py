@@ -12,7 +12,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import fastpoem
 from fastpoem.config import HUB_MODEL, TrainConfig
 from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
@@ -81,18 +82,27 @@ class Run:
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
     """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong."""
-    voice = voice or Voice()
+    with assembled(config, voice or Voice()) as (loop, export):
+        run = Run(loop.folder, loop.metrics.rows, loop.run())
+        if run.stopped_by is None:
+            export(run.model)
+    return run
+
+
+@contextlib.contextmanager
+def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[[Path], None]]]:
+    """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.precision, device)
     _refuse_what_needs_a_gpu(config, device)
+    out = _claimable(config)
 
-    embedded = config.data is None
-    source = hub.BUNDLED / "poems.txt" if config.data is None else Path(config.data).expanduser()
+    source = Path(config.data).expanduser() if config.data is not None else hub.BUNDLED / "poems.txt"
     if not source.exists():
         raise InputError(source, "no such file or folder", "check the path given to --data")
-    name = config.model or (str(hub.BUNDLED / "model") if embedded else HUB_MODEL)
+    name = config.model or (HUB_MODEL if config.data is not None else str(hub.BUNDLED / "model"))
     model_folder = hub.resolve_folder(name)
     shape, raw_config = hub.read_config(model_folder)
     if config.dropout is not None:
@@ -103,9 +113,8 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
     if tokenizer.vocab_size > shape.vocab_size:
         reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {shape.vocab_size}"
         raise InputError(model_folder, reason, "use a tokenizer and a model that belong together")
-    out = _claimable(config)
 
-    store = _open_store(config, source, tokenizer, shape, voice, embedded)
+    store = _open_store(config, source, tokenizer, shape, voice)
     held = held_out_rows(store.rows, config.val_poems, config.seed)
     order = _order(config, store, held)
     model = GPT2(shape)
@@ -133,25 +142,26 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
             voice.say(f"resuming after step {loop.done} of {loop.last_step}")
         _write_config(out, config, identity, store, device, dtype)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
+        voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
         voice.say(
-            f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})  {store.rows - len(held):,} poems, {len(held)} held out  "
-            f"{order.steps:,} steps an epoch of {config.batch_size} poems"
-            + (f"  compiled in {compile_seconds:.0f} s" if compile_seconds else "")
+            f"{order.steps:,} steps an epoch of {config.batch_size} poems, {len(held):,} poems held out for validation"
         )
-        try:
-            stopped_by = loop.run()
-        finally:
-            metrics.close()
-        run = Run(out, metrics.rows, stopped_by)
-        if stopped_by is None:
+        if compile_seconds:
+            voice.say(f"compiled in {compile_seconds:.0f} s")
+
+        def export(folder: Path) -> None:
             special = {
                 "bos_token_id": tokenizer.cls_id,
                 "eos_token_id": tokenizer.sep_id,
                 "pad_token_id": tokenizer.pad_id,
             }
             weights = dict(optimizer.named(optimizer.master))
-            hub.save_folder(run.model, weights, hub.saved_config(raw_config, shape, special), tokenizer.files)
-    return run
+            hub.save_folder(folder, weights, hub.saved_config(raw_config, shape, special), tokenizer.files)
+
+        try:
+            yield loop, export
+        finally:
+            metrics.close()
 
 
 def _refuse_what_needs_a_gpu(config: TrainConfig, device: torch.device) -> None:
@@ -164,7 +174,7 @@ def _refuse_what_needs_a_gpu(config: TrainConfig, device: torch.device) -> None:
 
 
 def _open_store(
-    config: TrainConfig, source: Path, tokenizer: PoemTokenizer, shape: GPT2Config, voice: Voice, embedded: bool
+    config: TrainConfig, source: Path, tokenizer: PoemTokenizer, shape: GPT2Config, voice: Voice
 ) -> TokenStore:
     """The token store of the run's text, made if need be."""
     longest = shape.n_positions
@@ -181,7 +191,7 @@ def _open_store(
             raise InputError(source, reason, f"prepare the text again with --max-length {longest}")
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
-    if embedded and cache is None:  # not beside the package's own files
+    if config.data is None and cache is None:  # not beside the package's own files
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastpoem"
     begin = time.perf_counter()
     store = cached_store(
@@ -279,10 +289,10 @@ def _write_config(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    packages = {name: metadata.version(name) for name in ("fastpoem", "torch", "tokenizers", "numpy")}
+    packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
     content = {
         "settings": dataclasses.asdict(config),
-        "versions": {"python": platform.python_version(), **packages},
+        "versions": {"fastpoem": fastpoem.__version__, "python": platform.python_version(), **packages},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.processor() or platform.machine(),

@@ -57,7 +57,7 @@ class Loop:
         try:
             with StopRequest() as stop:
                 while self.done < self.last_step:
-                    self._one_step()
+                    self.one_step()
                     epoch_is_over = self.done % self.order.steps == 0
                     if epoch_is_over:
                         self._end_epoch()
@@ -74,7 +74,8 @@ class Loop:
             self.voice.stop()
         return None
 
-    def _one_step(self) -> None:
+    def one_step(self) -> None:
+        """Train on the next batch, and say so where it is time to."""
         config, begin = self.config, time.perf_counter()
         epoch, within = divmod(self.done, self.order.steps)
         batch = self.feed(self.order(epoch, within))
