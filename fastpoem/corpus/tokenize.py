@@ -12,8 +12,10 @@ code point c, with an `a` and a `,` of the tokenizer's own:
     anything else       UNPROVEN                                        (and all that combines or is unassigned)
 
 Cuts are decided between neighbouring characters, and normalization works on each character alone but for combining
-marks, which are never proven: so what holds between `a`s holds everywhere. A line with an UNPROVEN character or two
-LOOSE ones in a row goes to the library whole, and so does all text where the pipeline is not BERT's.
+marks, which are never proven: so what holds between `a`s holds everywhere. LOOSE characters in a row are asked about as
+the word they make, once. A line with an UNPROVEN character goes to the library whole, and so does all text where the
+pipeline is not BERT's. Each token that the folder has added to BERT's (they match inside words and across them) has a
+character made UNPROVEN.
 """
 
 import hashlib
@@ -31,27 +33,25 @@ from fastpoem.corpus.pipeline import SpecialIds, load_pipeline
 
 CLS_MARK, SEP_MARK = "\ufdd0", "\ufdd1"  # code points that Unicode sets aside for use inside a program
 ID_BITS = 24
+ID_MASK = (1 << ID_BITS) - 1
 LOOSE, SILENT, UNPROVEN, UNSEEN, START, END = (1 << (ID_BITS + bit) for bit in range(6))
 ASK_AT_ONCE = 4096
-MOST_UNKNOWN = 1 << 16
-LONGEST_UNKNOWN = 16  # characters kept of one
+MOST_WORDS, LONGEST_WORD = 1 << 16, 64  # kept in memory
 
 
 @dataclass(slots=True)
 class EncodeStats:
-    """What a person wants to know of the lines encoded: how many were cut, and which texts became [UNK]."""
+    """What a person wants to know of the lines encoded: how many were cut, and what became [UNK]."""
 
     truncated: int = 0
     unknown_tokens: int = 0
-    unknown: Counter[str] = field(default_factory=Counter)  # the most frequent texts among them
+    unknown: Counter[str] = field(default_factory=Counter)  # of their first characters, mostly their only ones
     by_library: int = 0  # lines that the table could not prove
 
     def add(self, other: "EncodeStats") -> None:
         self.truncated += other.truncated
         self.unknown_tokens += other.unknown_tokens
         self.unknown.update(other.unknown)
-        if len(self.unknown) > MOST_UNKNOWN:  # memory must not grow with the corpus, so the rarest are forgotten
-            self.unknown = Counter(dict(self.unknown.most_common(MOST_UNKNOWN // 2)))
         self.by_library += other.by_library
 
 
@@ -87,15 +87,13 @@ class PoemTokenizer:
 
         codes = self._table.look_up(points)  # (characters + 2 * lines,) uint32: id and flags
         flagged = np.flatnonzero(codes >= 1 << ID_BITS)  # the line marks and the few special cases
+        self._table.join_words(text, codes, flagged)
         flags = codes[flagged]
         starts, ends = flagged[(flags & START) != 0], flagged[(flags & END) != 0] + 1  # (lines,) each
         line_of = np.cumsum((flags & START) != 0) - 1  # (flagged,)
 
-        loose = (flags & LOOSE) != 0
-        unproven = (flags & UNPROVEN) != 0
-        unproven[1:] |= loose[1:] & loose[:-1] & (flagged[1:] == flagged[:-1] + 1)
         left: np.ndarray = np.zeros(len(lines), bool)  # lines left to the library
-        left[line_of[unproven]] = True
+        left[line_of[(flags & UNPROVEN) != 0]] = True
         silent = flagged[(flags & SILENT) != 0]
         lengths = ends - starts - np.bincount(line_of[(flags & SILENT) != 0], minlength=len(lines))
 
@@ -111,13 +109,12 @@ class PoemTokenizer:
         for line in np.flatnonzero(left).tolist():
             keep[starts[line] : ends[line]] = False
 
-        if not keep.all():
-            points, codes = points[keep], codes[keep]
-        is_unknown = (codes & ((1 << ID_BITS) - 1)) == self.unk_id
+        ids: np.ndarray = (codes & ID_MASK).astype(self.dtype) if self.dtype.itemsize > 2 else codes.astype(np.uint16)
+        is_unknown = keep & (ids == self.unk_id)
         unknown, counts = np.unique(points[is_unknown], return_counts=True)
         stats.unknown.update(dict(zip(map(chr, unknown.tolist()), counts.tolist(), strict=True)))
-        stats.unknown_tokens = int(is_unknown.sum())
-        ids: np.ndarray = codes.astype(self.dtype)
+        stats.unknown_tokens = int(counts.sum())
+        ids = ids if keep.all() else ids[keep]
         if left.any():
             ids, lengths = self._insert(ids, lengths, np.flatnonzero(left), lines, max_length, stats)
         return ids, lengths, stats
@@ -155,9 +152,8 @@ class PoemTokenizer:
             stats.truncated += bool(encoding.overflowing)
             if self.unk_id is not None:
                 for token in np.flatnonzero(row == self.unk_id).tolist():
-                    begin, end = encoding.offsets[token]
                     stats.unknown_tokens += 1
-                    stats.unknown[line[begin : min(end, begin + LONGEST_UNKNOWN)]] += 1
+                    stats.unknown[line[encoding.offsets[token][0]]] += 1
         ids = np.concatenate(rows) if rows else np.empty(0, self.dtype)
         return ids, np.array([len(row) for row in rows], np.int64), stats
 
@@ -178,6 +174,7 @@ class _Table:
         self.letter, self.comma = (
             next(char for char in chars if char not in "".join(raw + normalized)) for chars in ("abcdefghijk", ",.;:!?")
         )
+        self.words: dict[str, list[int] | None] = {}  # ids of words of LOOSE characters, None for UNPROVEN ones
         self.letter_ids, self.comma_ids = self._ids([self.letter, self.comma])
         for text in filter(None, raw):
             self._ban(text)
@@ -192,6 +189,31 @@ class _Table:
                 self._ask([chr(point) for point in fresh[begin : begin + ASK_AT_ONCE].tolist()])
             codes = self.codes.take(points)
         return codes
+
+    def join_words(self, text: str, codes: np.ndarray, flagged: np.ndarray) -> None:
+        """Put the ids of words of LOOSE characters into `codes` (n,) of `text`, one a character, the rest SILENT.
+
+        `flagged` are the positions of all codes with flags. A word with more ids than characters becomes UNPROVEN.
+        """
+        loose = flagged[(codes[flagged] & LOOSE) != 0]
+        first = np.flatnonzero(np.diff(loose, prepend=-2) != 1)  # where in `loose` a word begins
+        sizes = np.diff(first, append=len(loose))
+        begins, sizes = loose[first[sizes > 1]].tolist(), sizes[sizes > 1].tolist()
+        words = [text[begin : begin + size] for begin, size in zip(begins, sizes, strict=True)]
+        fresh = [word for word in set(words) - self.words.keys() if len(word) <= LONGEST_WORD]
+        if len(self.words) + len(fresh) > MOST_WORDS:
+            self.words.clear()
+            fresh = [word for word in set(words) if len(word) <= LONGEST_WORD]
+        n = len(self.comma_ids)
+        for word, ids in zip(fresh, self._ids([self.comma + word + self.comma for word in fresh]), strict=True):
+            proven = ids[:n] == ids[-n:] == self.comma_ids and len(ids) - 2 * n <= len(word)
+            self.words[word] = ids[n:-n] if proven else None
+        for begin, size, word in zip(begins, sizes, words, strict=True):
+            if (found := self.words.get(word)) is None:
+                codes[begin] |= UNPROVEN
+            else:
+                codes[begin : begin + size] = SILENT
+                codes[begin : begin + len(found)] = found
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self.library.encode_batch_fast(texts, add_special_tokens=False)]
@@ -223,13 +245,11 @@ class _Table:
         return bool(self.added_chars) and not self.added_chars.isdisjoint(self.library.normalizer.normalize_str(char))
 
     def _ban(self, text: str) -> None:
-        """Make every line that holds the added token `text` unproven. Two LOOSE characters in a row do so already."""
-        codes = self.look_up(np.array([ord(char) for char in text], np.uint32))
-        loose = (codes & LOOSE) != 0
-        if (loose[1:] & loose[:-1]).any() or ((codes & UNPROVEN) != 0).any():
-            return
-        # Any one character of it would do: the least usual is the one that costs the least.
-        self.codes[max(map(ord, text))] = UNPROVEN
+        """Make every line that holds the added token `text` UNPROVEN, by one character of it that is little used."""
+        points = np.array([ord(char) for char in text], np.uint32)
+        codes = self.look_up(points)
+        if not (codes & UNPROVEN).any():
+            self.codes[points[np.lexsort((points, codes & LOOSE))[-1]]] = UNPROVEN  # a LOOSE one if there is one
 
 
 def _is_bert(library: Tokenizer, rules: dict, special: SpecialIds) -> bool:
