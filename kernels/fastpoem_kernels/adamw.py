@@ -14,6 +14,7 @@ from torch import Tensor
 from fastpoem_kernels.dispatch import runs_triton
 
 BLOCK = 4096  # elements a partial sum covers: short enough for float32, a whole number of vectors
+PIECE = 256 * BLOCK
 
 
 def clipped_adamw_(
@@ -42,8 +43,8 @@ def clipped_adamw_(
         raise ValueError(f"flat contiguous tensors of one length expected, got {[[*t.shape] for t in flat]}")
     if any(t.dtype != torch.float32 for t in (param, exp_avg, exp_avg_sq, step, lr, max_norm)):
         raise TypeError("weights, moments, step, lr and max_norm must be float32")
-    if any(t.shape != () for t in (step, lr, max_norm)):
-        raise ValueError("step, lr and max_norm must be 0-D tensors")
+    if any(t.shape != () for t in (step, lr, max_norm, *([] if loss is None else [loss]))):
+        raise ValueError("step, lr, max_norm and loss must be 0-D tensors")
     if grad.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"float32 or bfloat16 gradient expected, got {grad.dtype}")
     return _clipped_adamw(
@@ -80,11 +81,13 @@ def _clipped_adamw(
     step.add_(finite)
     if finite:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        torch._fused_adamw_(
-            [param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step],
-            lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-            grad_scale=factor.reciprocal() if factor < 1 else None,
-        )  # fmt: skip
+        scale = factor.reciprocal() if factor < 1 else None
+        for p, g, m, v in zip(*(t.split(_piece(grad)) for t in (param, grad, exp_avg, exp_avg_sq)), strict=True):
+            torch._fused_adamw_(
+                [p], [g.float()], [m], [v], [], [step],
+                lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+                grad_scale=scale,
+            )  # fmt: skip
     if low_precision is not None:
         low_precision.copy_(param)
     return norm, ~finite
@@ -92,10 +95,15 @@ def _clipped_adamw(
 
 def _norm(grad: Tensor) -> Tensor:
     """L2 norm from sums over fixed blocks, added in float64: the same for any number of threads, and exact to float32."""
-    whole = grad.numel() - grad.numel() % BLOCK
-    blocks = torch.linalg.vector_norm(grad[:whole].view(-1, BLOCK), dim=1, dtype=torch.float32)
-    rest = torch.linalg.vector_norm(grad[whole:], dtype=torch.float32)
-    return torch.cat([blocks, rest[None]]).double().norm().float()
+    whole = grad[: grad.numel() // BLOCK * BLOCK].split(_piece(grad))
+    norms = [torch.linalg.vector_norm(piece.float().view(-1, BLOCK), dim=1) for piece in whole]
+    rest = torch.linalg.vector_norm(grad[sum(map(len, whole)) :].float())
+    return torch.cat([*norms, rest[None]]).double().norm().float()
+
+
+def _piece(grad: Tensor) -> int:
+    """Elements to take at a time: all of a float32 gradient, no more of another than is cheap to widen."""
+    return max(1, len(grad)) if grad.dtype == torch.float32 else PIECE
 
 
 @_clipped_adamw.register_fake

@@ -3,7 +3,7 @@
 The launchers themselves are run, on tensors without storage, and what they would have launched is recorded: the signatures, the
 alignment hints and the constants are those a user gets. Each launch is compiled for each architecture to PTX, cubin and SASS.
 `resources.json` then holds, a kernel and architecture: registers, spilled bytes and shared memory (from ptxas), the width of
-every access to global memory and the count of float64 instructions (from the SASS), and the bytes a program must move.
+every access to global memory (from the SASS), the count of float64 operands (from the PTX), and the bytes a program moves.
 """
 
 import argparse
@@ -42,7 +42,7 @@ POINTER = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp1
 
 
 class Launch(NamedTuple):
-    """One recorded launch. `moves`: bytes its loads and stores of the bulk name, a row or an element; `least`: the fewest that do."""
+    """One recorded launch. `moves`: bytes it reads and writes a row, or a parameter; `least`: the fewest that would do."""
 
     name: str
     fn: Any
@@ -137,9 +137,7 @@ def build(launch: Launch, arch: int, out: Path | None = None) -> dict[str, Any]:
         "spill_bytes": _number(r"(\d+) bytes spill stores", report) + _number(r"(\d+) bytes spill loads", report),
         "shared_bytes": compiled.metadata.shared,
         "accesses": accesses(sass),
-        "f64_instructions": len(
-            re.findall(r"\b(?:D(?:ADD|MUL|FMA|SETP|MNMX)|MUFU\.\w*64\w*|[FI]2[FI]\S*\.F64\S*)\b", sass)
-        ),
+        "f64_instructions": len(re.findall(r"\.f64\b", ptx)),
         "bytes_moved": launch.moves,
         "share_of_least": round(launch.least / launch.moves, 3) if launch.moves else None,
     }

@@ -1,15 +1,17 @@
-"""Cross-entropy on the CPU: the logits go through the cache once, a few rows at a time.
+"""Cross-entropy on the CPU: few passes over the logits, in their own memory, in plain vectorised PyTorch.
 
-A whole-tensor `F.cross_entropy`, `argmax` and backward read or write 21,128 x 1,030 floats some ten times and allocate three
-tensors of that size, most of it page faults. Here every pass over a block of rows but the first finds it in the cache, the
-gradient takes the place of the logits, and float32 needs no other memory. Plain vectorised PyTorch operators reach about half
-of what memory allows and need no compiler; the one that does not vectorise, argmax, is asked only where it can matter.
+`F.cross_entropy`, `argmax` and backward allocate three tensors of the logits' size, much of their time page faults, and `argmax`
+does not vectorise: a single maximum is ten times faster, and only rows whose target reaches it need a second look. Float32
+logits are overwritten whole; what needs a float32 copy (another dtype, or logits to be left alone) is copied a slice at a time.
+
+Slices that fit the caches would be a fifth faster on an idle machine, and are the wrong choice: every operator ends at a barrier,
+and where other processes want the cores a hundred barriers cost seconds. So: few operators, each over as much as there is.
 """
 
 import torch
 from torch import Tensor
 
-CACHE = 1024 * 1024  # bytes of float32 logits a thread works on at a time: within one core's L2
+SLICE = 64 << 20  # bytes of float32 logits copied at a time
 
 
 def cross_entropy(
@@ -29,24 +31,25 @@ def cross_entropy(
     weight = valid.clamp(min=1).reciprocal()  # float32
     losses = torch.zeros(rows, dtype=torch.float32)
     hits, columns = [False] * rows, index.tolist()
-    step = torch.get_num_threads() * max(1, CACHE // (4 * vocabulary))
     in_place = overwrite and logits.dtype == torch.float32 and logits.is_contiguous()
+    step = max(1, rows if in_place else SLICE // (4 * vocabulary))
     scratch = None if in_place else torch.empty(min(step, rows), vocabulary)
     for start in range(0, rows, step):
-        block, wanted = logits[start : start + step], index[start : start + step, None]  # (b, V), (b, 1)
-        work = block if scratch is None else scratch[: len(block)].copy_(block)  # (b, V) float32
-        largest = work.amax(1, keepdim=True)  # (b, 1)
-        logit = work.gather(1, wanted)  # (b, 1)
+        part, wanted = logits[start : start + step], index[start : start + step, None]  # (n, V), (n, 1)
+        work = part if scratch is None else scratch[: len(part)].copy_(part)  # (n, V) float32
+        largest = work.amax(1, keepdim=True)  # (n, 1)
+        logit = work.gather(1, wanted)  # (n, 1)
         for row in (logit == largest).flatten().nonzero().flatten().tolist():
             before = work[row, : columns[start + row]]
             hits[start + row] = len(before) == 0 or before.max().item() < largest[row].item()
         torch.softmax(work, 1, out=work)
+        total = work.sum(1, keepdim=True)  # (n, 1): 1, but for softmax's own sum, which is good to 5e-6 only
         # The largest probability is 1 / sum(exp(logit - largest)), never small: no logarithm of an underflowed target.
-        losses[start : start + step] = (largest - logit - work.amax(1, keepdim=True).log()).flatten()
+        losses[start : start + step] = (largest - logit - (work.amax(1, keepdim=True) / total).log()).flatten()
         if overwrite:
-            work.mul_(weight).scatter_add_(1, wanted, -weight.expand_as(wanted))
-            if work is not block:
-                block.copy_(work)
+            work.mul_(weight / total).scatter_add_(1, wanted, -weight.expand_as(wanted))
+            if work is not part:
+                part.copy_(work)
     if overwrite:
         logits.index_fill_(0, ignored.nonzero().flatten(), 0)  # a fill, not a product: NaN times 0 is NaN
     loss = losses.masked_fill_(ignored, 0).sum(dtype=torch.float64) * weight.double()
