@@ -383,7 +383,9 @@ def test_no_permission(tmp_path: Path, tokenizer: PoemTokenizer, monkeypatch: py
         cached_store(source, tokenizer)
 
 
-def test_killed_at_any_moment(tmp_path: Path, folder: Path, tokenizer: PoemTokenizer) -> None:
+def test_killed_at_any_moment(
+    tmp_path: Path, folder: Path, tokenizer: PoemTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL at random moments, over an old store and over none: the old one, the new one or none, and no litter."""
     source = text(tmp_path / "poems.txt", verses(30_000))
     command = [sys.executable, "-c", PREPARE, source, folder, tmp_path / "store"]
@@ -415,8 +417,9 @@ def test_killed_at_any_moment(tmp_path: Path, folder: Path, tokenizer: PoemToken
     assert time.perf_counter() - begin < 200
     assert outcomes["False->False"] >= 1  # killed on the way
     prepare_store(source, tokenizer, tmp_path / "store")
-    left = [path for path in tmp_path.glob(".fastpoem-making-*") if (path / make.LOCK).exists()]
-    assert left == []  # the next run sweeps what the dead ones left
+    monkeypatch.setattr(make, "GRACE_SECONDS", 0)
+    prepare_store(source, tokenizer, tmp_path / "store")
+    assert {path.name for path in tmp_path.iterdir()} == {"poems.txt", "store"}  # the dead runs' litter is swept
 
 
 def test_a_living_runs_folder_is_left_alone(tmp_path: Path, tokenizer: PoemTokenizer) -> None:
@@ -427,6 +430,48 @@ def test_a_living_runs_folder_is_left_alone(tmp_path: Path, tokenizer: PoemToken
 
     assert prepare_store(source, tokenizer, tmp_path / "first", progress=other).rows == 2
     assert TokenStore.open(tmp_path / "second").rows == 2
+
+
+# The command
+
+
+def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastpoem.prepare import main
+
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    (model / "config.json").write_text('{"model_type": "gpt2", "vocab_size": 40}')
+    source = text(tmp_path / "poems.txt", ["春江", "花月夜", "龘"])
+    flags = ["--data", str(source), "--model", str(model), "--out", str(tmp_path / "store")]
+    main([*flags, "--max_length", "4", "--buckets", "1"])
+    out = capsys.readouterr().out
+    assert "poems      3 (0 duplicates, 0 blank lines skipped, 1 cut to 4 tokens)" in out
+    assert "龘 1" in out
+    assert TokenStore.open(tmp_path / "store").max_length == 4
+    for wrong, said in (
+        (["--max-length", "nan"], "--max-length"),
+        (["--max-length", "1"], "--max-length 1"),
+        (["--buckets", "256"], "--buckets 256"),
+        (["--data", str(tmp_path / "none.txt")], "none.txt: does not exist"),
+        (["--out", str(source)], "exists and is not a token store"),
+        (["--model", str(tmp_path)], str(tmp_path)),
+        (["--convert", "klingon"], "is no OpenCC conversion"),
+        (["--bukets", "3"], "--buckets"),
+    ):
+        with pytest.raises(InputError) as caught:
+            main([*flags, *wrong])
+        assert said in str(caught.value)
+    assert TokenStore.open(tmp_path / "store").max_length == 4  # a refused run touches nothing
+
+
+def test_the_commands_exit_code(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fastpoem.prepare", "--data", "none.txt", "--model", ".", "--out", "store"]
+    run = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr == "fastpoem: none.txt: does not exist; check the path\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 # The cache
@@ -474,6 +519,20 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path, tokenizer: PoemTokenizer,
     if (name, damage) != (MANIFEST, "gone"):
         assert "damaged" in said[0]
         assert name in said[0]
+
+
+def test_several_runs_at_once_agree(tmp_path: Path, folder: Path) -> None:
+    source = text(tmp_path / "poems.txt", verses(20_000))
+    code = PREPARE.replace("prepare_store(source, tokenizer, out,", "cached_store(source, tokenizer, cache_dir=out,")
+    code = code.replace("import prepare_store", "import cached_store") + "print(store.identity)"
+    command = [sys.executable, "-c", code, source, folder, tmp_path / "cache"]
+    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [run.communicate()[0].split()[-1] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 4
+    assert len(set(said)) == 1
+    (made,) = (tmp_path / "cache").iterdir()  # one store, no litter
+    TokenStore.open(made).verify()
+    assert not (made / make.LOCK).exists()
 
 
 def test_the_cache_moves_home_where_the_texts_folder_is_read_only(

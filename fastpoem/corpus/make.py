@@ -6,6 +6,7 @@ disk, and takes the goal's name by one rename: under that name there is a whole 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -41,6 +42,7 @@ CHUNK_TOKENS = 1 << 20  # of the spill, at a time
 KEPT_UNKNOWN = 50
 TEMPORARY = ".fastpoem-making-"
 LOCK = "lock"
+GRACE_SECONDS = 60
 
 
 def make_store(
@@ -63,9 +65,8 @@ def make_store(
         with open(folder / MANIFEST, "wb") as stream:
             stream.write(sealed(manifest))
             _flush(stream)
-        (folder / LOCK).unlink()
         _flush_folder(folder)
-        _publish(folder, out)
+        _publish(folder, out.resolve())
 
 
 def check_settings(max_length: int, buckets: int) -> None:
@@ -300,25 +301,29 @@ def _sweep(parent: Path) -> None:
             try:
                 with open(folder / LOCK, "rb") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except FileNotFoundError:  # just begun, or about to be renamed: only its age tells
-                if time.time() - folder.stat().st_mtime < 3600:
+            except FileNotFoundError:  # just begun, or half removed: only its age tells
+                if time.time() - folder.stat().st_mtime < GRACE_SECONDS:
                     continue
             shutil.rmtree(folder)
 
 
-def _publish(folder: Path, out: Path) -> None:
-    """Give the finished `folder` the name `out`, the old store making way."""
-    goal = out.resolve()
-    parent = goal.parent
-    if goal.exists():
-        old = parent / f"{TEMPORARY}old-{secrets.token_hex(6)}"
-        goal.rename(old)
-        folder.rename(goal)
-        _flush_folder(parent)
-        _discard(old)
-    else:
-        folder.rename(goal)
-        _flush_folder(parent)
+def _publish(folder: Path, goal: Path) -> None:
+    """Give the finished `folder` the name `goal`, what is there making way. The lock goes along and is dropped last."""
+    while True:
+        old = goal.parent / f"{TEMPORARY}old-{secrets.token_hex(6)}"
+        with contextlib.suppress(FileNotFoundError):
+            goal.rename(old)
+        try:
+            folder.rename(goal)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            continue  # another run has just put its own there
+        finally:
+            _discard(old)
+        break
+    _flush_folder(goal.parent)
+    (goal / LOCK).unlink(missing_ok=True)
 
 
 def _discard(folder: Path) -> None:

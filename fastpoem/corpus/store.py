@@ -12,7 +12,6 @@ sizes in milliseconds, `verify` reads and hashes every file.
 
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,13 +191,12 @@ def cached_store(
             else:
                 say(f"prepared before: {folder / name}")
                 return store
-        shutil.rmtree(folder / name, ignore_errors=True)  # a cache's own name: whatever is there is of no use
     goal = next((folder for folder in folders if writable(folder)), None)
     if goal is None:
         raise InputError(folders[-1], "cannot be written", "name a writable folder with --cache-dir")
-    return prepare_store(
-        source, tokenizer, goal / name, max_length=max_length, buckets=buckets, convert=convert, progress=progress
-    )
+    # A name of the cache's own: whatever is there makes way.
+    make_store(source, tokenizer, goal / name, max_length, buckets, convert, progress)
+    return TokenStore.open(goal / name)
 
 
 def summarise(store: TokenStore) -> list[str]:

@@ -153,7 +153,8 @@ class PoemTokenizer:
             if self.unk_id is not None:
                 for token in np.flatnonzero(row == self.unk_id).tolist():
                     stats.unknown_tokens += 1
-                    stats.unknown[line[encoding.offsets[token][0]]] += 1
+                    begin = encoding.offsets[token][0]
+                    stats.unknown[line[begin : begin + 1]] += 1
         ids = np.concatenate(rows) if rows else np.empty(0, self.dtype)
         return ids, np.array([len(row) for row in rows], np.int64), stats
 
