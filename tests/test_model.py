@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel, TextGenerationPipeline
 
 from fastpoem.errors import InputError
-from fastpoem.model import hub
+from fastpoem.model import hub, ops
 from fastpoem.model.attention import Packing, pack_index
 from fastpoem.model.gpt2 import GPT2
 
@@ -153,3 +154,59 @@ def edit(folder, **changes):
 def test_a_model_that_is_not_there(name, says):
     with pytest.raises(InputError, match=says):
         hub.resolve_folder(name)
+
+
+def test_gradients_written_in_place_are_autograds(small_model):
+    """Every weight's, with nothing of an earlier step left in the buffer, padded and packed."""
+    from fastpoem.engine.optim import FlatAdamW
+
+    ids = torch.randint(5, 100, (3, 20), generator=torch.Generator().manual_seed(0))
+    packing = Packing(*pack_index([12, 1, 47]), 3)
+    for call in (lambda model: model(ids), lambda model: model(ids.view(1, -1), packing)):
+        plain, written = ours(small_model), ours(small_model)
+        flat = FlatAdamW(written, torch.device("cpu"), torch.float32, weight_decay=0.0, max_norm=1.0)
+        flat.grad.fill_(math.nan)
+        call(plain).square().mean().backward()
+        call(written).square().mean().backward()
+        for (name, parameter), (_, gradient) in zip(plain.named_parameters(), flat.named(flat.grad), strict=True):
+            assert relative(gradient, parameter.grad) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 1e-3, 0.999])
+def test_dropout_mask(p, dtype):
+    """Drops the share it should, independently from element to element, and keeps the expectation exactly."""
+    torch.manual_seed(0)
+    mask = ops.keep_mask(torch.Size([1000, 1001]), p, dtype)
+    n, kept = mask.numel(), mask != 0
+    assert abs(kept.float().mean().item() - (1 - p)) < 5 * math.sqrt(p * (1 - p) / n) + 1e-5
+    scale = mask[kept].unique()
+    assert len(scale) == 1 and scale.item() == pytest.approx(
+        1 / (1 - round(p * 65536) / 65536), rel=0.004 if dtype == torch.bfloat16 else 1e-6
+    )
+    flat = kept.flatten().float() - (1 - p)
+    for lag in (1, 2, 3, 4, 1001):  # neighbours share a random word
+        assert abs((flat[lag:] * flat[:-lag]).mean().item() / (p * (1 - p))) < 5 / math.sqrt(n)
+    for lane in range(4):
+        share = kept.flatten()[lane::4].float().mean().item()
+        assert abs(share - (1 - p)) < 6 * math.sqrt(p * (1 - p) / (n / 4)) + 1e-5
+
+
+def test_dropped_attention_against_autograd():
+    """With the mask it drew, values and gradients are those of the plain formula in float64."""
+    torch.manual_seed(0)
+    qkv = torch.randn(2, 9, 3 * 8, requires_grad=True)
+    state = torch.get_rng_state()
+    out = ops.CausalAttention.apply(qkv, 2, 0.5, 0.3)
+    upstream = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    torch.set_rng_state(state)
+    mask = ops.keep_mask(torch.Size([4, 9, 9]), 0.3, torch.float32).double().view(2, 2, 9, 9)
+    exact = qkv.detach().double().requires_grad_()
+    q, k, v = (part.view(2, 9, 2, 4).transpose(1, 2) for part in exact.split(8, -1))
+    scores = (q @ k.transpose(2, 3) * 0.5).masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -math.inf)
+    reference = (scores.softmax(-1) * mask @ v).transpose(1, 2).reshape(2, 9, 8)
+    (expected,) = torch.autograd.grad(reference, exact, upstream.double())
+    assert relative(out.double(), reference) < 1e-6
+    assert relative(gradient.double(), expected) < 1e-6
+    assert (mask == 0).float().mean().item() > 0.2

@@ -16,7 +16,7 @@ ALIGN = 64  # elements: every view starts on a 128-byte boundary even in bf16, s
 
 
 class FlatAdamW:
-    """Clipped AdamW over a module's parameters, which become views of flat buffers (as do their gradients).
+    """Clipped AdamW over a module's parameters, which become views of flat buffers; each has its gradient's view as `main_grad`.
 
     The masters are float32; with dtype bfloat16 the module computes on a bfloat16 copy that the update rewrites. No method
     synchronises with the device. Tensors: `master`, `exp_avg`, `exp_avg_sq` (P,) float32; `grad`, `working` (P,) in dtype;
@@ -26,7 +26,7 @@ class FlatAdamW:
     def __init__(
         self, module: nn.Module, device: torch.device, dtype: torch.dtype, *, weight_decay: float, max_norm: float
     ) -> None:
-        self.weight_decay = weight_decay
+        self.module, self.weight_decay = module, weight_decay
         self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         sizes = [-(-shape.numel() // ALIGN) * ALIGN for shape in self.shapes.values()]
         self.offsets = dict(zip(self.shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
@@ -39,8 +39,14 @@ class FlatAdamW:
             for name, parameter in module.named_parameters():
                 self.view(self.master, name).copy_(parameter)
                 parameter.data = self.view(self.working, name)
-                parameter.grad = self.view(self.grad, name)
+                parameter.main_grad = self.view(self.grad, name)  # where fastpoem.model.ops writes
             self.working.copy_(self.master)
+
+    def let_autograd_accumulate(self) -> None:
+        """Give autograd zeroed views of `grad` to add to: for a model that does not write `main_grad` itself (fastpoem.model.ops)."""
+        self.grad.zero_()
+        for parameter in self.module.parameters():
+            parameter.grad = parameter.main_grad
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """A parameter's part of one of the flat buffers, in its own shape."""

@@ -51,10 +51,14 @@ class Totals(NamedTuple):
 
 
 class TrainStep:
-    """`step(batch, lr)` trains on one batch. pad_id: where padding is a target, the id that counts in the loss but not in the accuracy."""
+    """`step(batch, lr)` trains on one batch.
 
-    def __init__(self, model: Model, optimizer: FlatAdamW, *, pad_id: int | None) -> None:
-        self.model, self.optimizer, self.pad_id = model, optimizer, pad_id
+    pad_id: where padding is a target, the id that counts in the loss but not in the accuracy. compiled: the model's backward pass is
+    torch.compile's, not that of fastpoem.model.ops.
+    """
+
+    def __init__(self, model: Model, optimizer: FlatAdamW, *, pad_id: int | None, compiled: bool = False) -> None:
+        self.model, self.optimizer, self.pad_id, self.compiled = model, optimizer, pad_id, compiled
         device = optimizer.master.device
         self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # as in Totals
         self.failed_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
@@ -62,7 +66,8 @@ class TrainStep:
 
     def __call__(self, batch: Batch, lr: float) -> StepResult:
         self.optimizer.lr.fill_(lr)
-        self.optimizer.grad.zero_()
+        if self.compiled:
+            self.optimizer.let_autograd_accumulate()
         logits = self.model(batch.inputs, batch.packing)  # (B * T, V)
         out = cross_entropy(logits, batch.targets.flatten(), IGNORE, self.pad_id)
         out.loss.backward()

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpoem.model import ops
+
 
 class Packing(NamedTuple):
     """Where the poems of a packed batch of N tokens are. Built by the feed."""
@@ -33,11 +35,19 @@ def causal_attention(qkv: Tensor, heads: int, scale: float, dropout: float, pack
         out = causal_attention(padded, heads, scale, dropout, None)  # (P, T, D)
         return out.reshape(-1, out.shape[-1]).index_select(0, packing.fold)[None]  # (1, N, D)
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    if _keeps_weights(qkv, dropout):
+        return ops.CausalAttention.apply(qkv, heads, scale, dropout)
     q, k, v = (
         x.view(batch, length, heads, width // heads).transpose(1, 2) for x in qkv.split(width, dim=-1)
     )  # (B, H, T, D / H)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)  # (B, H, T, D / H)
     return out.transpose(1, 2).reshape(batch, length, width)
+
+
+def _keeps_weights(qkv: Tensor, dropout: float) -> bool:
+    """On a CPU, SDPA's kernel for training has no dropout and computes the weights twice: for short poems, keeping them is faster."""
+    eager = qkv.is_cpu and qkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and (dropout > 0 or qkv.shape[1] <= 128)
 
 
 def pack_index(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastpoem.model import ops
 from fastpoem.model.attention import Packing, causal_attention
 
 ACTIVATIONS = {
@@ -52,7 +53,31 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width_out))
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, in) -> (B, T, out)
-        return torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        rows = x.flatten(0, 1)
+        if ops.direct(self.weight):
+            return ops.Affine.apply(rows, self.weight, self.bias).view(*x.shape[:-1], -1)
+        return torch.addmm(self.bias, rows, self.weight).view(*x.shape[:-1], -1)
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        if ops.direct(self.weight):
+            return ops.LayerNorm.apply(x, self.weight, self.bias, self.eps)
+        return super().forward(x)
+
+
+class Dropout(nn.Module):
+    """dropout(x), added to `residual` where there is one."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.training and self.p > 0 and x.is_cpu and not torch.compiler.is_compiling():
+            return ops.DropAdd.apply(x, residual, self.p)
+        x = F.dropout(x, self.p, self.training)
+        return x if residual is None else residual + x
 
 
 class Attention(nn.Module):
@@ -85,15 +110,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPT2Config, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.attn = Attention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.dropout = config.resid_pdrop
+        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = x + F.dropout(self.attn(self.ln_1(x), packing), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
+        x = self.dropout(self.attn(self.ln_1(x), packing), x)
+        return self.dropout(self.mlp(self.ln_2(x)), x)
 
 
 class Transformer(nn.Module):
@@ -102,12 +127,16 @@ class Transformer(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.dropout = config.embd_pdrop
+        self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.dropout = Dropout(config.embd_pdrop)
 
     def forward(self, ids: Tensor, packing: Packing | None) -> Tensor:  # (B, T) int64 -> (B, T, D)
-        positions = self.wpe.weight[: ids.shape[1]] if packing is None else self.wpe(packing.positions)  # (T or N, D)
-        x = F.dropout(self.wte(ids) + positions, self.dropout, self.training)
+        positions = None if packing is None else packing.positions
+        if ops.direct(self.wte.weight):
+            x = ops.Embed.apply(self.wte.weight, self.wpe.weight, ids, positions)
+        else:
+            x = self.wte(ids) + (self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe(positions))
+        x = self.dropout(x)
         for block in self.h:
             x = block(x, packing)
         return self.ln_f(x)
@@ -124,7 +153,10 @@ class GPT2(nn.Module):
     def forward(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
         """ids (B, T) int64 -> next-token logits (B * T, V), rows in the order of ids. With `packing`, ids is (1, N)."""
         hidden = self.transformer(ids, packing)  # (B, T, D)
-        return F.linear(hidden.flatten(0, 1), self.transformer.wte.weight)
+        weight = self.transformer.wte.weight
+        if ops.direct(weight):
+            return ops.Head.apply(hidden.flatten(0, 1), weight)
+        return F.linear(hidden.flatten(0, 1), weight)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

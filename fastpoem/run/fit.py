@@ -131,7 +131,12 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         if resumed is not None:
             _refuse_another_run(resumed[0]["identity"], identity, out)
         compiled, compile_seconds = _compile(config, model, device)
-        step = TrainStep(compiled, optimizer, pad_id=tokenizer.pad_id if config.loss_on_padding else None)
+        step = TrainStep(
+            compiled,
+            optimizer,
+            pad_id=tokenizer.pad_id if config.loss_on_padding else None,
+            compiled=compiled is not model,
+        )
         feed = Feed(store, config.batching, pad_targets=config.loss_on_padding)
         keep_bytes = resumed[0]["metrics_bytes"] if resumed else 0
         metrics = Metrics(out, keep_bytes=keep_bytes, tensorboard=config.tensorboard)
