@@ -157,7 +157,8 @@ def looped_row(
 def _write_row(
     row, wanted, inside, at_target, largest, first, total, losses, hits, IGNORE: tl.constexpr, UNCOUNTED: tl.constexpr
 ):
-    loss = tl.where(inside, largest + tl.log(total) - at_target, float("nan"))
+    # The difference first: two huge logits would swallow the logarithm one by one.
+    loss = tl.where(inside, (largest - at_target) + tl.log(total), float("nan"))
     tl.store(losses + row, tl.where(wanted == IGNORE, 0.0, loss))
     tl.store(hits + row, ((first == wanted) & (wanted != IGNORE) & (wanted != UNCOUNTED)).to(tl.int32))
 

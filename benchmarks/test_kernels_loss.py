@@ -1,0 +1,85 @@
+"""The fused cross-entropy beside what it replaces: `F.cross_entropy`, an argmax for the accuracy, and the backward pass.
+
+At the shape of a step of training: 1,030 rows of 21,128 logits. `extra_info` holds the peak of memory beyond the logits.
+"""
+
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastpoem_kernels import cross_entropy
+
+ROWS, VOCABULARY = 1030, 21128
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+class FromModel(torch.autograd.Function):
+    """Logits as a model's last layer returns them; the layer's own backward pass is left out."""
+
+    @staticmethod
+    def forward(ctx, leaf, logits):
+        return logits.detach()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None
+
+
+def plain(logits, target):
+    loss = F.cross_entropy(logits.float(), target)
+    correct = (logits.argmax(1) == target).sum()
+    loss.backward()
+    return correct
+
+
+def fused(logits, target):
+    out = cross_entropy(logits, target)
+    out.loss.backward()
+    return out.correct
+
+
+def batch(dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, VOCABULARY, generator=generator)
+    target = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    learned = torch.arange(0, ROWS, 4)  # the model is right a quarter of the time
+    logits[learned, target[learned]] = 9.0
+    return logits.to(device, dtype), target.to(device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("form", [plain, fused], ids=["pytorch", "fused"])
+def test_cross_entropy(benchmark, form, dtype, device):
+    benchmark.group = f"cross-entropy, accuracy, gradient [{ROWS}, {VOCABULARY}] {str(dtype)[6:]} on {device}"
+    logits, target = batch(dtype, device)
+    leaf = torch.zeros((), device=device, requires_grad=True)
+
+    def fresh():
+        return (FromModel.apply(leaf, logits.clone()), target), {}
+
+    def run(made, target):
+        form(made, target).item()  # on CUDA: wait for it
+
+    if device == "cpu":
+        benchmark.extra_info["extra_MiB"] = extra_memory(form.__name__, dtype)
+    benchmark.pedantic(run, setup=fresh, rounds=15, warmup_rounds=2)
+
+
+def extra_memory(form, dtype):
+    """MiB that a fresh process needs at its peak beyond holding the logits."""
+    command = [sys.executable, __file__, form, str(dtype)[6:]]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+if __name__ == "__main__":
+    logits, target = batch(getattr(torch, sys.argv[2]), "cpu")
+    small = FromModel.apply(torch.zeros((), requires_grad=True), torch.randn(2, 8).to(logits.dtype))
+    globals()[sys.argv[1]](small, torch.zeros(2, dtype=torch.int64))  # load the code first
+    made = FromModel.apply(torch.zeros((), requires_grad=True), logits)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    globals()[sys.argv[1]](made, target)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
