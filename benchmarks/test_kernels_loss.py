@@ -76,10 +76,10 @@ def extra_memory(form, dtype):
 
 
 if __name__ == "__main__":
-    logits, target = batch(getattr(torch, sys.argv[2]), "cpu")
-    small = FromModel.apply(torch.zeros((), requires_grad=True), torch.randn(2, 8).to(logits.dtype))
-    globals()[sys.argv[1]](small, torch.zeros(2, dtype=torch.int64))  # load the code first
-    made = FromModel.apply(torch.zeros((), requires_grad=True), logits)
+    run, dtype = globals()[sys.argv[1]], getattr(torch, sys.argv[2])
+    leaf, target = torch.zeros((), requires_grad=True), torch.randint(0, VOCABULARY, (ROWS,))
+    run(FromModel.apply(leaf, torch.randn(2, VOCABULARY, dtype=dtype)), target[:2])  # load the code first
+    logits = FromModel.apply(leaf, torch.randn(ROWS, VOCABULARY, dtype=dtype))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    globals()[sys.argv[1]](made, target)
+    run(logits, target)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
