@@ -46,7 +46,7 @@ class TrainConfig:
     batching: Literal["bucket", "pack", "pad"] = "bucket"
     """bucket: poems of like length, padded to the bucket's edge. pack: no padding, variable-length attention. pad: random poems, padded
     to their longest."""
-    buckets: int = 16
+    buckets: int = 32
     """Length buckets of the token store."""
     shuffle: bool = True
     """--no-shuffle takes the poems in the order of the text."""
@@ -141,10 +141,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 # What `python -m fastpoem.train` does on its own: the bundled verses, a small model from scratch, a poem at the end.
 EMBEDDED: dict[str, Any] = {
     "from_scratch": True,
-    "epochs": 20,
+    "epochs": 10,
     "lr": 1e-3,
     "schedule": "cosine",
-    "warmup_steps": 40,
+    "warmup_steps": 20,
     "log_every": 50,
     "sample": "春",
 }

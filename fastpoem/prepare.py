@@ -25,7 +25,7 @@ class PrepareConfig:
     """The folder to make. A store that is there is replaced, anything else is left alone."""
     max_length: int = 512
     """Tokens a poem, [CLS] and [SEP] included; longer ones are cut."""
-    buckets: int = 16
+    buckets: int = 32
     """Into how many lengths the poems are sorted; more buckets, less padding."""
     convert: str | None = None
     """An OpenCC conversion, such as t2s: traditional to simplified characters."""

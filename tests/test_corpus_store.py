@@ -156,7 +156,7 @@ def test_the_real_corpus_is_padded_little(tmp_path: Path) -> None:
     store.verify()
     positions = sum(bucket.length * bucket.rows for bucket in store.buckets)
     assert store.rows == 217_561
-    assert len(store.buckets) == 16
+    assert len(store.buckets) == 32
     assert 1 - store.manifest["counts"]["tokens"] / positions <= 0.05
 
 

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def choose_buckets(histogram: np.ndarray | Sequence[int], count: int = 16) -> tuple[int, ...]:
+def choose_buckets(histogram: np.ndarray | Sequence[int], count: int = 32) -> tuple[int, ...]:
     """Ascending edges for `histogram[length]` poems of each length; the last edge is the longest length that occurs.
 
     There are `count` edges, or one for each distinct length where there are fewer. Empty for an empty histogram.

@@ -144,7 +144,7 @@ def prepare_store(
     out: Path,
     *,
     max_length: int = 512,
-    buckets: int = 16,
+    buckets: int = 32,
     convert: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenStore:
@@ -165,7 +165,7 @@ def cached_store(
     *,
     cache_dir: Path | None = None,
     max_length: int = 512,
-    buckets: int = 16,
+    buckets: int = 32,
     convert: str | None = None,
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,

@@ -28,6 +28,7 @@ from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
 from fastpoem.engine.step import TrainStep
@@ -97,6 +98,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.precision, device)
     _refuse_what_needs_a_gpu(config, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     out = _claimable(config)
 
     source = Path(config.data).expanduser() if config.data is not None else hub.BUNDLED / "poems.txt"
