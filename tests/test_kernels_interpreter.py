@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import fastpoem_kernels
+import numpy as np
 import pytest
 from fastpoem_kernels.dispatch import INTERPRETED
 
@@ -19,7 +20,9 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process already")
 @pytest.mark.parametrize(("room", "at_least"), [("loss", 70), ("adamw", 30)])
 def test_triton_forms_pass_the_same_tests(room, at_least):
-    pytest.importorskip("triton", reason="Triton is not installed")
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    if triton.__version__ < "3.7" and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 cannot loop to a runtime bound under NumPy 2.4")
     paths = os.pathsep.join([str(Path(fastpoem_kernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     command = [
         sys.executable,
