@@ -142,7 +142,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 EMBEDDED: dict[str, Any] = {
     "from_scratch": True,
     "epochs": 10,
-    "lr": 1e-3,
+    "lr": 1.5e-3,
     "schedule": "cosine",
     "warmup_steps": 20,
     "log_every": 50,
