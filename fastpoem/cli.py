@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from types import FrameType
 from typing import TypeVar, cast
 
 from fastpoem.errors import InputError
+from fastpoem.run.signals import heeded
 
 Config = TypeVar("Config")
 
@@ -43,6 +47,7 @@ def parse(
     if unknown:
         flag = unknown[0].split("=")[0]
         known = ["--" + field.name.replace("_", "-") for field in fields(cls)]  # type: ignore[arg-type]
+        known += ["--no-" + field.name.replace("_", "-") for field in fields(cls) if field.type in (bool, "bool")]  # type: ignore[arg-type]
         near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.5)
         mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
         raise InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
@@ -57,13 +62,34 @@ def _first_paragraph(panel: str) -> str:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 130 for Ctrl-C; bugs keep their traceback."""
+    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 128 + N for signal N; bugs keep their traceback.
+
+    A second signal ends the process at once.
+    """
+    told: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        for one in signals:
+            signal.signal(one, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    signals = heeded()
+    for one in signals:
+        signal.signal(one, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell must not end a run
     try:
         code = main()
     except InputError as error:
         print(f"fastpoem: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("fastpoem: interrupted", file=sys.stderr)
-        code = 130
+    except BaseException:  # an interrupted import may raise anything
+        if not told:
+            raise
+        print(f"fastpoem: stopped by {signal.Signals(told[0]).name}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(128 + told[0])  # libraries that are half imported do not survive an orderly end
     sys.exit(code or 0)

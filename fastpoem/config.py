@@ -7,12 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastpoem.errors import InputError
 
 HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
+
+
+MANY = 2**40  # more than any run counts to, and far from where arithmetic gets odd
+RANGES: tuple[tuple[str, float, float], ...] = (
+    ("epochs", 1, MANY),
+    ("max_steps", 1, MANY),
+    ("batch_size", 1, 65536),
+    ("max_length", 2, 65535),
+    ("buckets", 1, 255),
+    ("val_poems", 0, MANY),
+    ("lr", 0.0, 1000.0),
+    ("warmup_steps", 0, MANY),
+    ("weight_decay", 0.0, 1000.0),
+    ("max_grad_norm", 1e-30, math.inf),  # inf does not clip
+    ("dropout", 0.0, 0.999),
+    ("seed", 0, 2**63 - 1),
+    ("log_every", 1, MANY),
+    ("save_every", 1, MANY),
+    ("keep", 1, MANY),
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,7 @@ class TrainConfig:
     save_every: int | None = None
     """Steps between checkpoints. None: at the end of an epoch."""
     keep: int = 3
-    """Checkpoints to keep, the newest."""
+    """Checkpoints to keep: the newest, and beside them the one with the lowest validation loss."""
     resume: bool = False
     """Continue from the newest complete checkpoint in --out."""
     tensorboard: bool = False
@@ -96,30 +117,12 @@ class TrainConfig:
 
     def check(self) -> TrainConfig:
         """Refuse what cannot work, naming the flag. Comparisons are written so that NaN fails them."""
-        at_least_one = ("epochs", "batch_size", "buckets", "log_every", "max_steps", "save_every", "keep")
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and not value >= 1:
-                raise _out_of_range(name, value, "at least 1")
-        for name, low, high in (
-            ("max_length", 2, 65535),
-            ("batch_size", 1, 65536),
-            ("buckets", 1, 256),
-            ("val_poems", 0, math.inf),
-            ("warmup_steps", 0, math.inf),
-            ("seed", 0, 2**63 - 1),
-        ):
+        for name, low, high in RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise _out_of_range(name, value, f"from {low} to {high}" if high != math.inf else f"at least {low}")
-        for name in ("lr", "weight_decay"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise _out_of_range(name, value, "a finite number, 0 or more")
-        if not self.max_grad_norm > 0:
-            raise _out_of_range("max_grad_norm", self.max_grad_norm, "above 0 (inf does not clip)")
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            raise _out_of_range("dropout", self.dropout, "from 0 to below 1")
+                raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {_between(low, high)}")
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
+            raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
         if self.loss_on_padding and self.batching == "pack":
             raise InputError("--loss-on-padding", "packed batches have no padding", "drop it, or use --batching pad")
         if self.resume and self.out is None:
@@ -192,5 +195,5 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     return float(value) if base == "float" else value
 
 
-def _out_of_range(name: str, value: object, allowed: str) -> InputError:
-    return InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {allowed}")
+def _between(low: float, high: float) -> str:
+    return f"at least {low}" if high in (MANY, math.inf) else f"a number from {low} to {high}"

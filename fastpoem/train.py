@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -20,9 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     voice = Voice()
     run = fit(config, voice)
     if run.stopped_by is not None:
-        resume = " ".join(["python -m fastpoem.train", *(sys.argv[1:] if argv is None else argv)])
-        resume += "" if config.out else f" --out {run.folder}"
-        voice.say(f"stopped after a complete checkpoint; go on with: {resume}{'' if config.resume else ' --resume'}")
+        again = [*(sys.argv[1:] if argv is None else argv)]
+        again += [] if config.out else ["--out", str(run.folder)]
+        again += [] if config.resume else ["--resume"]
+        voice.say(f"stopped after a complete checkpoint; go on with: {prog} {shlex.join(again)}")
         return 128 + run.stopped_by
     voice.say(f"the trained model is in {run.model}")
     if config.sample is not None:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from fastpoem import disk
 from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import ACTIVATIONS, GPT2, GPT2Config
 
 BUNDLED = Path(__file__).parent.parent / "assets"  # the verses and the small model of the embedded default
+WEIGHTS = "model.safetensors"
+HUB_SECONDS = 10.0
+MOST_LAYERS = 1024
+LARGEST_CONFIG = 1 << 20
 _WANTED = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
 
 
@@ -37,26 +39,37 @@ def resolve_folder(name_or_dir: str) -> Path:
         raise InputError(
             name_or_dir, "no such folder", "check the path, or give a Hugging Face name such as owner/model"
         )
-    from huggingface_hub import snapshot_download
-
-    try:
-        path = Path(snapshot_download(name_or_dir, allow_patterns=_WANTED))
-    except Exception as error:  # the library raises a dozen kinds: no network, no such name, gated, offline mode
-        reason = f"it could not be fetched from the hub ({type(error).__name__})"
-        raise InputError(
-            name_or_dir, reason, "check the name and the network, or give --model a local folder"
-        ) from error
+    path = _fetch(name_or_dir)
     if not (path / "config.json").is_file():
         raise InputError(name_or_dir, "its repository has no config.json", "name a GPT-2 model in Hugging Face format")
     return path
+
+
+def _fetch(name: str) -> Path:
+    """The folder of a Hugging Face name, from the hub, or from its cache where the hub does not answer in time."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    refusal = None
+    try:
+        HfApi().repo_info(name, timeout=HUB_SECONDS)  # snapshot_download asks the same without a time limit
+    except Exception as error:  # the library raises a dozen kinds: no network, no such name, gated, offline mode
+        refusal = error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=refusal is not None))
+    except Exception as error:
+        reason = f"it could not be fetched from the hub at {constants.ENDPOINT} ({type(refusal or error).__name__})"
+        mend = "check the name and the network, set HF_ENDPOINT to a mirror, or give --model a folder fetched elsewhere"
+        raise InputError(name, reason, mend) from error
 
 
 def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
     """The model's shape, and config.json as it stands. Raises InputError for a model that is not a GPT-2 this module computes."""
     path = folder / "config.json"
     try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"larger than {LARGEST_CONFIG:,} bytes")
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(path, f"unreadable ({error})", "restore the file from where the model came from") from error
     if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
         kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
@@ -79,10 +92,13 @@ def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
         right = isinstance(value, {"int": int, "float": int | float, "bool": bool, "str": str}[kind])
         if not right or (kind != "bool" and isinstance(value, bool)):
             raise InputError(path, f"{name} is {value!r}", f"give it as {kind}")
-        if kind == "int" and not 1 <= value <= 2**24:
-            raise InputError(path, f"{name} is {value}", "give a number from 1 to 16777216")
+        most = MOST_LAYERS if name == "n_layer" else 2**24
+        if kind == "int" and not 1 <= value <= most:
+            raise InputError(path, f"{name} is {value}", f"give a number from 1 to {most}")
         if name.endswith("pdrop") and not 0 <= value < 1:
             raise InputError(path, f"{name} is {value}", "give a probability from 0 to below 1")
+        if kind == "float" and not 0 <= value <= 1:  # NaN too
+            raise InputError(path, f"{name} is {value}", "give a number from 0 to 1")
     if shape["n_embd"] % shape["n_head"]:
         raise InputError(
             path, f"n_embd {shape['n_embd']} is no multiple of n_head {shape['n_head']}", "correct one of them"
@@ -97,22 +113,25 @@ def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
 
 def load_weights(model: GPT2, folder: Path) -> None:
     """Copy a folder's weights into `model`. Raises InputError where they are missing, damaged or of another shape."""
-    tensors = _read_tensors(folder)
-    prefix = "transformer."
-    wanted = model.state_dict()
+    prefix, mend = "transformer.", "use the weights that belong to this config.json"
     found = {
-        name if name.startswith((prefix, "lm_head.")) else prefix + name: tensor for name, tensor in tensors.items()
+        name if name.startswith((prefix, "lm_head.")) else prefix + name: tensor
+        for name, tensor in _read_tensors(folder).items()
     }
+    wanted = model.state_dict()
     for name, parameter in wanted.items():
         if name not in found:
-            raise InputError(folder, f"its weights lack {name}", "use the weights that belong to this config.json")
-        if found[name].shape != parameter.shape:
-            shapes = f"{tuple(found[name].shape)} in the weights, {tuple(parameter.shape)} by config.json"
-            raise InputError(folder, f"{name} has shape {shapes}", "use the weights that belong to this config.json")
-        if not found[name].isfinite().all():
+            raise InputError(folder, f"its weights lack {name}", mend)
+        tensor = found[name]
+        if tensor.shape != parameter.shape:
+            shapes = f"{tuple(tensor.shape)} in the weights, {tuple(parameter.shape)} by config.json"
+            raise InputError(folder, f"{name} has shape {shapes}", mend)
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise InputError(folder, f"{name} is {tensor.dtype}, {tensor.layout}", "use plain floating-point weights")
+        if not tensor.float().isfinite().all():
             raise InputError(folder, f"{name} holds NaN or infinity", "use undamaged weights")
-    head = found.get("lm_head.weight")
-    if head is not None and not torch.equal(head, found["transformer.wte.weight"]):
+    head, embedding = found.get("lm_head.weight"), found["transformer.wte.weight"]
+    if head is not None and not (head.shape == embedding.shape and torch.equal(head, embedding)):
         raise InputError(folder, "its head is not tied to its embedding", "only tied GPT-2 weights are supported")
     layers = {name.split(".")[2] for name in found if name.startswith("transformer.h.")}
     if len(layers) > model.config.n_layer:
@@ -125,8 +144,7 @@ def load_weights(model: GPT2, folder: Path) -> None:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    index = folder / "model.safetensors.index.json"
-    path = folder / "model.safetensors"
+    index, path = folder / "model.safetensors.index.json", folder / WEIGHTS
     try:
         if path.is_file():
             return load_file(path)
@@ -134,15 +152,18 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             path = index
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             if any(Path(shard).name != shard for shard in shards):
-                raise InputError(index, "names a file outside its folder", "use an unaltered model folder")
+                raise ValueError("it names a file outside its folder")
             return {name: tensor for shard in sorted(shards) for name, tensor in load_file(folder / shard).items()}
         path = folder / "pytorch_model.bin"
         if path.is_file():
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict) or not all(
+                isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
+            ):
+                raise ValueError("it holds something else than named tensors")
+            return content
     except Exception as error:  # whatever a damaged file makes the parsers raise
-        reason = f"unreadable weights ({type(error).__name__}: {error})"
+        reason = f"unreadable weights ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
         raise InputError(path, reason, "fetch the file again, or train with --from-scratch") from error
     raise InputError(
         folder, "no weights (model.safetensors or pytorch_model.bin)", "add them, or train with --from-scratch"
@@ -154,27 +175,35 @@ def save_folder(
 ) -> None:
     """Write a model folder that transformers loads with no further argument; `folder` appears whole or not at all.
 
-    weights: as of `GPT2.state_dict()`, on any device. config: of config.json. An existing folder is replaced.
+    weights: as of `GPT2.state_dict()`, on any device. config: of config.json. An existing folder is replaced. Raises OSError.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    write_folder(folder, weights, companions(config, tokenizer_files))
+
+
+def companions(config: Mapping[str, Any], tokenizer_files: Iterable[Path]) -> dict[str, bytes]:
+    """What a model folder holds beside its weights, by name."""
+    card = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return {path.name: path.read_bytes() for path in tokenizer_files} | {"config.json": card.encode()}
+
+
+def write_folder(folder: Path, weights: Mapping[str, Tensor], beside: Mapping[str, bytes]) -> None:
+    """`save_folder`, of files that are read already."""
+    made = partial(folder)
+    disk.recover(made, folder)
+    made.mkdir(parents=True)
     try:
-        for path in tokenizer_files:
-            shutil.copyfile(path, made / path.name)
-        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-        save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
-        (made / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        made.chmod(0o755)
-        if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.rename(folder, old / "replaced")
-            os.rename(made, folder)
-            shutil.rmtree(old)
-        else:
-            os.rename(made, folder)
+        for name, content in beside.items():
+            disk.write_bytes(made / name, content)
+        disk.write_tensors(made / WEIGHTS, {name: tensor.detach().float().cpu() for name, tensor in weights.items()})
+        disk.put(made, folder)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        disk.recover(made, folder)
         raise
+
+
+def partial(folder: Path) -> Path:
+    """Where a model folder is while it is being written."""
+    return folder.with_name(f".{folder.name}.partial")
 
 
 def saved_config(raw: Mapping[str, Any], config: GPT2Config, special: Mapping[str, int]) -> dict[str, Any]:

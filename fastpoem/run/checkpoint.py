@@ -1,96 +1,249 @@
 """Checkpoints: a folder that is complete or absent, and is believed only when its hashes say so.
 
-`checkpoints/step-00001234/` holds safetensors files and `state.json`, which names the size and sha256 of each; the folder is written under
-another name, flushed to disk and renamed. Reading takes the newest that verifies, and says which it passed over and why.
+`checkpoints/step-00001234/` is a model folder that transformers loads (weights, configuration, tokenizer) with the rest of a run's state
+beside it: optimizer.safetensors, and state.json, which names size and sha256 of every file and holds a checksum of itself. It is written
+as `.checkpoint.partial` in the run's folder, flushed to disk and renamed, by a thread of its own from a copy of the state, so that training
+goes on meanwhile. The newest `keep` stay, and the one with the lowest validation loss.
+
+What is read is hostile until it has been checked: sizes before hashes, hashes before headers, headers before a byte of state is changed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-import shutil
+import sys
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastpoem import disk
+from fastpoem.errors import InputError
+from fastpoem.model.hub import WEIGHTS
+
 FORMAT = 1
-STATE = "state.json"
-_NAME = re.compile(r"step-(\d+)")
+FOLDER = "checkpoints"
+OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
+LARGEST_STATE = 1 << 22
+PARTIAL, DROPPED = (
+    ".checkpoint.partial",
+    ".checkpoint.dropped",
+)  # in the run's folder: checkpoints/ holds complete ones only
+_NAME = re.compile(r"step-(\d{8,15})")
+Tensors = Mapping[str, Mapping[str, Tensor]]  # file -> name -> tensor
 
 
-def save(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int
+class Damaged(Exception):
+    """A checkpoint that is not what was written."""
+
+
+def write(
+    run: Path, step: int, tensors: Tensors, beside: Mapping[str, bytes], state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write a checkpoint of `step` into `folder` and drop all but the newest `keep`. Returns its folder.
+    """Write the checkpoint of `step` and drop those that `keep` does not cover. Returns its folder.
 
-    tensors: file name -> tensor name -> tensor on any device. state: what JSON can hold. Raises OSError where the disk refuses;
-    nothing is left of the attempt.
+    tensors: on the CPU. beside: the model folder's other files. state: what JSON can hold; `val_loss` in it ranks the checkpoint.
+    Raises OSError where the disk refuses: nothing is left of the attempt, and nothing was dropped for it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    goal, made = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    shutil.rmtree(made, ignore_errors=True)
-    made.mkdir()
+    made, goal = run / PARTIAL, run / FOLDER / f"step-{step:08d}"
+    disk.recover(made, goal)
+    made.mkdir(parents=True)
     try:
-        files = {}
-        for name, group in tensors.items():
-            save_file({key: tensor.detach().cpu().contiguous() for key, tensor in group.items()}, made / name)
-            files[name] = {"size": (made / name).stat().st_size, "sha256": _hash(made / name)}
-            _flush(made / name)
-        content = {"format": FORMAT, "step": step, "files": files, **state}
-        (made / STATE).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-        _flush(made / STATE)
-        _flush(made)
-        if goal.exists():  # of an earlier attempt at the same step, complete or not
-            shutil.rmtree(goal)
-        os.rename(made, goal)
-        _flush(folder)
+        files = {name: disk.write_bytes(made / name, content) for name, content in beside.items()}
+        files |= {name: disk.write_tensors(made / name, group) for name, group in tensors.items()}
+        content = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
+        content["checksum"] = _checksum(content)
+        disk.write_bytes(made / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        disk.put(made, goal)
     except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
+        with suppress(OSError):
+            disk.recover(made, goal)
         raise
-    for _, old in listed(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    _drop_old(run, keep)
     return goal
 
 
-def listed(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the checkpoints there, newest first."""
+def listed(run: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's checkpoints, newest first, whole or not."""
+    folder = run / FOLDER
     if not folder.is_dir():
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
-def load_newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]] | None:
-    """(state, tensors by file) of the newest checkpoint that is whole and unaltered, or None. `say` hears of each one passed over."""
-    for _, path in listed(folder):
+def clean(run: Path) -> None:
+    """Remove what a killed run left half-done. Only for who holds the run's lock."""
+    for name in (PARTIAL, f"{PARTIAL}-replaced", DROPPED):
+        disk.discard(run / name)
+
+
+def read_newest(
+    run: Path, into: Tensors, check: Callable[[Mapping[str, Any]], None], say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Copy the newest whole checkpoint's tensors into those of `into` (of the same names, shapes and dtypes) and return its state,
+    with `step` in it. None where there is no checkpoint. `say` hears of each one passed over and why.
+
+    check: called with the state before a tensor is read; may raise to refuse it. Raises InputError where none of several is whole.
+    Names that begin with "rng." may be there or not, as they differ between devices.
+    """
+    found = listed(run)
+    for _, path in found:
         try:
-            state = json.loads((path / STATE).read_text(encoding="utf-8"))
-            if state["format"] != FORMAT:
-                raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
-            for name, entry in state["files"].items():
-                if Path(name).name != name:
-                    raise ValueError(f"{name!r} is outside the folder")
-                if (path / name).stat().st_size != entry["size"] or _hash(path / name) != entry["sha256"]:
-                    raise ValueError(f"{name} is damaged")
-            return state, {name: load_file(path / name) for name in state["files"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            say(f"checkpoint {path.name} passed over: {error}")
+            content = _described(path)
+            check(content["state"])
+            _compare(path, content["files"])
+            _load(path, into)
+        except (Damaged, OSError, SafetensorError) as error:
+            say(f"checkpoint {path.name} is passed over: {error}")
+        else:
+            return {**content["state"], "step": content["step"]}
+    if found:
+        mend = "start again in another folder (--out), or restore one of them from a copy"
+        raise InputError(run / FOLDER, f"none of its {len(found)} checkpoints is whole", mend)
     return None
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _described(path: Path) -> dict[str, Any]:
+    """The content of state.json, every part of it checked that does not need another file."""
+    file = path / STATE
+    if file.stat().st_size > LARGEST_STATE:
+        raise Damaged(f"{STATE} is larger than {LARGEST_STATE:,} bytes")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        content = json.loads(file.read_bytes())
+        if content["format"] != FORMAT:
+            raise Damaged(f"its format is {content['format']!r:.20}, this version reads {FORMAT}")
+        whole = content["checksum"] == _checksum(content) and path.name == f"step-{content['step']:08d}"
+        names = content["files"]
+        fits = (
+            whole
+            and isinstance(content["state"], dict)
+            and isinstance(names, dict)
+            and {WEIGHTS, OPTIMIZER} <= {*names}
+        )
+        plain = fits and all(Path(name).name == name and not name.startswith(".") for name in names)
+        sized = plain and all(isinstance(entry, dict) and {"size", "sha256"} <= {*entry} for entry in names.values())
+    except (ValueError, KeyError, TypeError, RecursionError):
+        sized = False
+    if not sized:
+        raise Damaged(f"{STATE} is damaged")
+    return content
+
+
+def _compare(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in files.items():
+        if (path / name).is_symlink() or not (path / name).is_file():
+            raise Damaged(f"{name} is missing")
+        if (path / name).stat().st_size != entry["size"]:
+            raise Damaged(f"{name} is truncated or foreign")
+    for name, entry in files.items():
+        if disk.file_hash(path / name) != entry["sha256"]:
+            raise Damaged(f"{name} is damaged")
+
+
+def _load(path: Path, into: Tensors) -> None:
+    """Copy tensors; before the first is copied, all are known to be there, of the right kind, and no others."""
+    for file, tensors in into.items():
+        with safe_open(path / file, framework="pt") as stream:
+            names = {name for name in stream.keys() if not name.startswith("rng.")}  # noqa: SIM118  (no mapping)
+            if odd := names ^ {name for name in tensors if not name.startswith("rng.")}:
+                raise Damaged(f"{file} and the model differ by {sorted(odd)[0]}")
+            for name in {*stream.keys()} & {*tensors}:
+                part, goal = stream.get_slice(name), tensors[name]
+                if part.get_shape() != [*goal.shape] or part.get_dtype() != disk.DTYPES[goal.dtype]:
+                    raise Damaged(f"{name} is {part.get_dtype()} {part.get_shape()}, not {goal.dtype} {[*goal.shape]}")
+    with torch.no_grad():
+        for file, tensors in into.items():
+            with safe_open(path / file, framework="pt") as stream:
+                for name in {*stream.keys()} & {*tensors}:
+                    tensors[name].copy_(stream.get_tensor(name))
+
+
+def _drop_old(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep` and the best, each by a rename first: whatever is in checkpoints/ is complete."""
+    found = listed(run)
+    if len(found) <= keep:
+        return
+    losses = {path: loss for _, path in found if (loss := _val_loss(path)) is not None}
+    best = min(losses, key=losses.__getitem__, default=None)
+    for _, path in found[keep:]:
+        if path != best:
+            with suppress(OSError):
+                disk.discard(run / DROPPED)
+                os.rename(path, run / DROPPED)
+                disk.discard(run / DROPPED)
+
+
+def _val_loss(path: Path) -> float | None:
+    try:
+        loss = _described(path)["state"].get("val_loss")
+    except (Damaged, OSError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in content.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+class Saver:
+    """Runs jobs that write, one at a time, in a thread of low priority. `error` says why the last one failed, or is None."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.error, self._coming = say, None, None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
+
+    error: str | None
+    _coming: Future[None] | None
+
+    def start(self, name: str, job: Callable[[], object]) -> None:
+        """Begin `job` when the one before it is done. What the disk refuses is said, kept in `error`, and not raised."""
+        self.wait()
+        self._coming = self._thread.submit(self._run, name, job)
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what a job raised that was not the disk's fault."""
+        if self._coming is not None:
+            self._coming.result()
+            self._coming = None
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _run(self, name: str, job: Callable[[], object]) -> None:
+        try:
+            job()
+            self.error = None
+        except (OSError, NotFinite) as error:
+            self.error = f"{name} could not be written: {error}"
+            self.say(f"{self.error}; training goes on and tries again at the next checkpoint")
+
+
+class NotFinite(ArithmeticError):
+    """Weights or moments hold NaN or infinity: no checkpoint to go on from."""
+
+
+def refuse_non_finite(tensors: Tensors) -> None:
+    """Raises NotFinite where a floating tensor that training goes on from is not finite."""
+    for group in tensors.values():
+        for name, tensor in group.items():
+            if name.startswith(("transformer.", "exp_avg")) and not math.isfinite(tensor.sum(dtype=torch.float64)):
+                raise NotFinite(f"{name} holds NaN or infinity")
+
+
+def _step_back() -> None:
+    """On Linux priorities are a thread's own: let the training's threads have the cores first."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

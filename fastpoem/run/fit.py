@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import json
 import os
-import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import fastpoem
 from fastpoem.config import HUB_MODEL, TrainConfig
 from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
+from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.memory import keep_freed_memory
@@ -35,31 +31,10 @@ from fastpoem.engine.step import TrainStep
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2, GPT2Config
-from fastpoem.run import checkpoint
-from fastpoem.run.loop import Loop
-from fastpoem.run.metrics import Metrics, Voice
-
-# Settings that a resumed run may change: they say how long, where and how loudly, not what is computed.
-FREE_ON_RESUME = frozenset(
-    {
-        "out",
-        "cache_dir",
-        "resume",
-        "device",
-        "epochs",
-        "max_steps",
-        "log_every",
-        "save_every",
-        "keep",
-        "tensorboard",
-        "sample",
-        "data",
-        "model",
-        "from_scratch",
-        "convert",
-        "buckets",
-    }
-)
+from fastpoem.run import checkpoint, folder
+from fastpoem.run.loop import Loop, NotSaved, check_state
+from fastpoem.run.metrics import Voice
+from fastpoem.run.signals import StopRequest
 
 
 @dataclass
@@ -82,12 +57,25 @@ class Run:
 
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
-    """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong."""
-    with assembled(config, voice or Voice()) as (loop, export):
-        run = Run(loop.folder, loop.metrics.rows, loop.run())
-        if run.stopped_by is None:
-            export(run.model)
-    return run
+    """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong, NotSaved
+    where the disk does not take the result."""
+    with assembled(config, voice or Voice()) as (loop, export), StopRequest() as stop:
+        try:
+            loop.run(stop)
+        except NotSaved:
+            if stop.signal is None:  # trained to the end: the model is smaller than a checkpoint, and may still fit
+                with contextlib.suppress(OSError):
+                    export(loop.folder / "model")
+            raise
+        if stop.signal is None:
+            try:
+                export(loop.folder / "model")
+            except OSError as error:
+                reason = f"{loop.folder / 'model'} could not be written: {error}"
+                raise NotSaved(
+                    f"{reason}; the last checkpoint is complete: make room, then --resume writes it"
+                ) from error
+        return Run(loop.folder, loop.metrics.rows, stop.signal)
 
 
 @contextlib.contextmanager
@@ -100,11 +88,11 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     _refuse_what_needs_a_gpu(config, device)
     if device.type == "cpu":
         keep_freed_memory()
-    out = _claimable(config)
+    out = folder.choose(config)
 
     source = Path(config.data).expanduser() if config.data is not None else hub.BUNDLED / "poems.txt"
-    if not source.exists():
-        raise InputError(source, "no such file or folder", "check the path given to --data")
+    if not is_store(source):
+        source_files(source)  # raises for what is not there
     name = config.model or (HUB_MODEL if config.data is not None else str(hub.BUNDLED / "model"))
     model_folder = hub.resolve_folder(name)
     shape, raw_config = hub.read_config(model_folder)
@@ -120,19 +108,14 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     store = _open_store(config, source, tokenizer, shape, voice)
     held = held_out_rows(store.rows, config.val_poems, config.seed)
     order = _order(config, store, held)
-    model = GPT2(shape)
-    if config.from_scratch:
-        model.initialise(config.seed)
-    else:
-        hub.load_weights(model, model_folder)
+    model = _model(config, shape, model_folder, goes_on=config.resume and bool(checkpoint.listed(out)))
     model.to(device)
     optimizer = FlatAdamW(model, device, dtype, weight_decay=config.weight_decay, max_norm=config.max_grad_norm)
+    special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
+    beside = hub.companions(hub.saved_config(raw_config, shape, special), tokenizer.files)
 
-    with _claim(out):
-        resumed = checkpoint.load_newest(out / "checkpoints", voice.say) if config.resume else None
-        identity = _identity(config, store, shape)
-        if resumed is not None:
-            _refuse_another_run(resumed[0]["identity"], identity, out)
+    with folder.claim(out):
+        identity = folder.identity(config, store, shape)
         compiled, compile_seconds = _compile(config, model, device)
         step = TrainStep(
             compiled,
@@ -141,14 +124,12 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             compiled=compiled is not model,
         )
         feed = Feed(store, config.batching, pad_targets=config.loss_on_padding)
-        keep_bytes = resumed[0]["metrics_bytes"] if resumed else 0
-        metrics = Metrics(out, keep_bytes=keep_bytes, tensorboard=config.tensorboard)
-        loop = Loop(config, out, device, model, step, order, feed, held, metrics, voice, identity)
+        loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside)
         torch.manual_seed(config.seed)
-        if resumed is not None:
-            loop.restore(*resumed)
-            voice.say(f"resuming after step {loop.done} of {loop.last_step}")
-        _write_config(out, config, identity, store, device, dtype)
+        state = _resume(loop, config) if config.resume else None
+        with folder.refused_by_the_disk(out):
+            loop.begin(state)
+            folder.write_config(out, config, identity, store, device, dtype)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
         voice.say(
@@ -156,20 +137,52 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         )
         if compile_seconds:
             voice.say(f"compiled in {compile_seconds:.0f} s")
+        if state is not None:
+            left = "nothing is left to do" if loop.done >= loop.last_step else "going on"
+            voice.say(f"step {loop.done} of {loop.last_step} is done: {left}")
 
-        def export(folder: Path) -> None:
-            special = {
-                "bos_token_id": tokenizer.cls_id,
-                "eos_token_id": tokenizer.sep_id,
-                "pad_token_id": tokenizer.pad_id,
-            }
-            weights = dict(optimizer.named(optimizer.master))
-            hub.save_folder(folder, weights, hub.saved_config(raw_config, shape, special), tokenizer.files)
+        def export(goal: Path) -> None:
+            hub.write_folder(goal, dict(optimizer.named(optimizer.master)), beside)
 
         try:
             yield loop, export
         finally:
-            metrics.close()
+            loop.close()
+
+
+def _model(config: TrainConfig, shape: GPT2Config, source: Path, *, goes_on: bool) -> GPT2:
+    """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in GPT2(shape).parameters())
+    needed, there = 16 * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > there:  # weights, gradients and two moments of 4 bytes each
+        reason = f"a model of {parameters / 1e6:,.0f} M parameters takes {needed:,.0f} GiB to train, this machine has {there:,.0f}"
+        raise InputError(source / "config.json", reason, "use a smaller model")
+    model = GPT2(shape)
+    if config.from_scratch:
+        model.initialise(config.seed)
+    elif not goes_on:
+        hub.load_weights(model, source)
+    return model
+
+
+def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
+    """Bring the loop's tensors to the newest whole checkpoint; its state, None where there is none. Raises InputError."""
+
+    def check(state: Mapping[str, Any]) -> None:
+        check_state(state)
+        folder.refuse_another_run(state["identity"], loop.identity, loop.folder)
+
+    tensors = loop.tensors()
+    state = checkpoint.read_newest(loop.folder, tensors, check, loop.voice.say)
+    if state is None:
+        loop.voice.say(f"{loop.folder} holds no checkpoint to resume: starting from the beginning")
+        return None
+    loop.adopt(tensors)
+    before, now = state["length"], loop.length
+    if config.schedule != "constant" and before != now:
+        loop.voice.say(f"the learning rate falls over {now} from here on, where it fell over {before}")
+    return state
 
 
 def _refuse_what_needs_a_gpu(config: TrainConfig, device: torch.device) -> None:
@@ -197,6 +210,7 @@ def _open_store(
         if store.buckets[-1].length > longest:
             reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
             raise InputError(source, reason, f"prepare the text again with --max-length {longest}")
+        store.verify()
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
     if config.data is None and cache is None:  # not beside the package's own files
@@ -236,80 +250,3 @@ def _compile(config: TrainConfig, model: GPT2, device: torch.device) -> tuple[nn
     compiled(ids, None).sum().backward()
     torch.set_rng_state(state)
     return compiled, time.perf_counter() - begin
-
-
-def _claimable(config: TrainConfig) -> Path:
-    """The run's folder, not made yet. Raises InputError where a run stands that is not to be resumed, or nothing can be written."""
-    out = Path(config.out).expanduser() if config.out else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    if out.exists() and not out.is_dir():
-        raise InputError(out, "is a file", "name a folder with --out")
-    if (out / "metrics.jsonl").exists() and not config.resume:
-        raise InputError(out, "holds a run already", "add --resume to continue it, or name another folder with --out")
-    above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    if not os.access(above, os.W_OK):
-        raise InputError(out, f"cannot be written ({above} is read-only)", "name another folder with --out")
-    return out
-
-
-@contextlib.contextmanager
-def _claim(out: Path) -> Iterator[None]:
-    """Hold the run's folder for this process. The lock is the kernel's, so a process that dies leaves none behind."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(
-                out, "another run is writing there", "wait for it, or name another folder with --out"
-            ) from None
-        yield
-
-
-def _identity(config: TrainConfig, store: TokenStore, shape: GPT2Config) -> dict[str, Any]:
-    """What must be the same for a resumed run to be the same run."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE_ON_RESUME}
-    return {
-        "store": store.identity,
-        "tokenizer": store.fingerprint,
-        "shape": dataclasses.asdict(shape),
-        "settings": settings,
-    }
-
-
-def _refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    def different(before: Any, after: Any, name: str) -> Iterator[str]:
-        if isinstance(before, dict) and isinstance(after, dict):
-            for key in {**before, **after}:
-                yield from different(before.get(key), after.get(key), key)
-        elif before != after:
-            yield f"{name} was {before}, is {after}"
-
-    found = "; ".join(different(saved, now, ""))
-    if found:
-        raise InputError(out, f"cannot be resumed: {found}", "give the settings and data the run was started with")
-
-
-def _write_config(
-    out: Path,
-    config: TrainConfig,
-    identity: dict[str, Any],
-    store: TokenStore,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
-    content = {
-        "settings": dataclasses.asdict(config),
-        "versions": {"fastpoem": fastpoem.__version__, "python": platform.python_version(), **packages},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype)[6:],
-        "store": {"path": str(store.path), "identity": store.identity, "rows": store.rows},
-        "tokenizer": store.fingerprint,
-        "model": identity["shape"],
-    }
-    made = out / ".config.json.partial"
-    made.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(made, out / "config.json")

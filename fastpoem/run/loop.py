@@ -1,33 +1,56 @@
-"""The training loop: ask the order for a batch, step, log, validate, save. It reads from top to bottom."""
+"""The training loop: ask the order for a batch, step, log, validate, save. It reads from top to bottom.
+
+Everything a run goes on with is here twice: as tensors (`Loop.tensors`, where a checkpoint is copied from and to) and as what JSON can hold
+(`Loop.state`). What is in neither is a pure function of the step.
+"""
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpoem.config import TrainConfig
-from fastpoem.corpus.feed import Feed, validation_steps
+from fastpoem.corpus.feed import Batch, Feed, validation_steps
 from fastpoem.corpus.plan import Order
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, StepResult, TrainStep, evaluate
+from fastpoem.model.hub import WEIGHTS
 from fastpoem.run import checkpoint
-from fastpoem.run.metrics import Metrics, Voice, epoch_line, step_line
+from fastpoem.run.checkpoint import OPTIMIZER, Saver
+from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
 from fastpoem.run.signals import StopRequest
+from fastpoem.run.watch import Spike, Watch
+
+PATIENCE, RETRY_SECONDS = (
+    60,
+    10.0,
+)  # how often the last checkpoint of a finished run is tried again where the disk refuses it
+FLATS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class Diverged(RuntimeError):
     """Loss or gradient was not finite in several steps in a row."""
 
 
+class NotSaved(RuntimeError):
+    """Training ended and the disk did not take its last state."""
+
+
+class _Told(Exception):
+    """To stop, in the middle of a validation."""
+
+
 @dataclass
 class Loop:
-    """Everything a run goes on with. `done` optimizer steps are behind it, `seconds` of training among them."""
+    """Everything a run goes on with. `done` optimizer steps are behind it, `seconds` of training among them. Begins with `begin`."""
 
     config: TrainConfig
     folder: Path
@@ -37,42 +60,78 @@ class Loop:
     order: Order
     feed: Feed
     validation_rows: np.ndarray
-    metrics: Metrics
     voice: Voice
     identity: dict[str, Any]  # what a resumed run must have in common with this one
+    beside: Mapping[str, bytes]  # what lies beside the weights in a model folder
     done: int = 0
     seconds: float = 0.0
+    _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
+    _val_loss: float | None = None  # after the last step, where it ended an epoch
+    _skipped: int = 0  # of the epoch's skipped steps, those told already
+    _spike: Spike | None = None  # the worst since the last row
     _unlogged: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "poems": 0, "seconds": 0.0})
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Open the run's files, to go on from a checkpoint's `state` (whose tensors are in place) or at the beginning. Raises OSError."""
+        self.saver = Saver(self.voice.say)
+        self._saved_at: object = None  # where the newest checkpoint stands
+        keep = None
+        if state is not None:
+            self.done, self.seconds = state["step"], state["seconds"]
+            self._epoch_due, self._skipped = state["epoch_due"], state["skipped"]
+            self._spike = state["spike"] and Spike(*state["spike"])
+            self.watch.restore(state["watch"])
+            self._saved_at = (self.done, self._epoch_due)
+            keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
+        self.metrics = Metrics(
+            self.folder, done=self.done, keep=keep, say=self.voice.say, tensorboard=self.config.tensorboard
+        )
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.device)
+        self._copies = {
+            name: getattr(self.step.optimizer, name).clone() for name in FLATS
+        }  # clone: pages are touched now, not at a save
+
+    def close(self) -> None:
+        self.saver.close()
+        self.metrics.close()
 
     @property
     def last_step(self) -> int:
         whole = self.config.epochs * self.order.steps
         return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
 
-    def run(self) -> int | None:
-        """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged."""
-        config = self.config
+    @property
+    def length(self) -> str:
+        """What the schedule's fall depends on, in words."""
+        return f"{self.config.epochs} epochs" if self.config.schedule == "epoch-cosine" else f"{self.last_step} steps"
+
+    def run(self, stop: StopRequest) -> int | None:
+        """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
         self.model.train()
         self.voice.start(self.done, self.last_step)
         try:
-            with StopRequest() as stop:
-                while self.done < self.last_step:
+            while (self.done < self.last_step or self._epoch_due) and stop.signal is None:
+                if not self._epoch_due:
                     self.one_step()
-                    epoch_is_over = self.done % self.order.steps == 0
-                    if epoch_is_over:
-                        self._end_epoch()
-                    due = config.save_every is not None and self.done % config.save_every == 0
-                    if due or epoch_is_over or stop.signal is not None or self.done == self.last_step:
-                        self.save()
-                    if stop.signal is not None:
-                        return stop.signal
-            if (
-                self.done % self.order.steps
-            ):  # cut short by max_steps: said last, as a longer run would not have said it here
-                self._end_epoch()
+                if self._epoch_due and not self._end_epoch(stop):
+                    break
+                every = self.config.save_every
+                if (
+                    (every and self.done % every == 0)
+                    or self.done % self.order.steps == 0
+                    or self.done == self.last_step
+                ):
+                    self.save()
+            if stop.signal is not None and (self.done, self._epoch_due) != self._saved_at:
+                self.save()
+            self._finish_saving(stop)
+            if stop.signal is None and self.done % self.order.steps:
+                self._end_epoch(stop)  # cut short by max_steps: said last, as a longer run would not have said it here
         finally:
             self.voice.stop()
-        return None
+        return stop.signal
 
     def one_step(self) -> None:
         """Train on the next batch, and say so where it is time to."""
@@ -89,101 +148,206 @@ class Loop:
             warmup=config.warmup_steps,
         )
         result = self.step(batch.to(self.device), lr)
+        self.watch.note(result.loss)
         self.done += 1
+        self._val_loss, self._epoch_due = None, self.done % self.order.steps == 0
         speak = self._is_regular(self.done) or self.done == self.last_step
-        if speak or self.device.type == "cpu":  # elsewhere reading would stop the device
-            self._check(self.done)
-        row = {"step": self.done, "epoch": epoch + 1, "lr": lr, **(_read(result) if speak else {})}
+        diverged = False
+        if speak or self.watch.is_full or self.device.type == "cpu":  # elsewhere looking would stop the device
+            self._look()
+            diverged = int(self.step.most_failed) >= GIVE_UP
         took = time.perf_counter() - begin
         self.seconds += took
         for name, amount in (("tokens", batch.tokens), ("poems", batch.poems), ("seconds", took)):
             self._unlogged[name] += amount
-        if speak:
-            tokens, poems, seconds = self._unlogged.values()
-            row |= {"poems": batch.poems, "tokens": batch.tokens, "tokens_per_s": tokens / seconds}
-            row |= {"poems_per_s": poems / seconds, "seconds": self.seconds}
-            self.metrics.write(row)
-            left = (self.last_step - self.done) * self.seconds / self.done
-            self.voice.say(step_line(row, config.epochs, self.last_step, left))
-            self._unlogged = dict.fromkeys(self._unlogged, 0)
+        if speak or diverged:
+            self._tell(epoch, lr, batch, result)
+        if diverged:
+            self._give_up()
         self.voice.advance()
 
-    def _check(self, step: int) -> None:
-        if int(self.step.most_failed) >= GIVE_UP:
-            saved = checkpoint.listed(self.folder / "checkpoints")
-            good = f"the last good checkpoint is {saved[0][1]}" if saved else "no checkpoint was written yet"
-            raise Diverged(f"step {step}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; lower --lr")
+    def _look(self) -> None:
+        """Report losses far above those before them."""
+        for spike in self.watch.look(self.done):
+            self.voice.say(
+                f"step {spike.step}: loss {spike.loss:.4f} is {spike.z:.1f} standard deviations above the mean of the steps before, "
+                f"{spike.mean:.4f}"
+            )
+            self._spike = max(self._spike or spike, spike, key=lambda one: one.z)
 
-    def _end_epoch(self) -> None:
-        """Say the epoch's averages and the validation's; start the next one's sums."""
+    def _tell(self, epoch: int, lr: float, batch: Batch, result: StepResult) -> None:
+        """Write a step's row. Synchronises with the device."""
+        counted = max(1, int(result.counted))
+        row = {"step": self.done, "epoch": epoch + 1, "lr": lr, "loss": float(result.loss)}
+        row |= {"accuracy": int(result.correct) / counted, "grad_norm": float(result.norm)}
+        if skipped := (told := self.step.totals().skipped) - self._skipped:
+            row |= {"skipped": skipped}
+        if self._spike is not None:
+            row |= {"spike_step": self._spike.step, "spike_z": self._spike.z}
+        self._skipped, self._spike = told, None
+        tokens, poems, seconds = self._unlogged.values()
+        row |= {"poems": batch.poems, "tokens": batch.tokens, "tokens_per_s": tokens / seconds}
+        row |= {"poems_per_s": poems / seconds, "seconds": self.seconds}
+        self.metrics.write(row)
+        left = (self.last_step - self.done) * self.seconds / self.done
+        self.voice.say(step_line(row, self.config.epochs, self.last_step, left))
+        self._unlogged = dict.fromkeys(self._unlogged, 0)
+
+    def _give_up(self) -> None:
+        """Save what there is, which the failed steps have not touched, and raise Diverged with where it is."""
+        step = self.step
+        step.failed_in_a_row.zero_()  # or a run that goes on from here would give up at once
+        step.most_failed.zero_()
+        self.save()
+        self.saver.wait()
+        saved = checkpoint.listed(self.folder)
+        good = f"the last good checkpoint is {saved[0][1]}" if saved else "there is no good checkpoint"
+        raise Diverged(
+            f"step {self.done}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; start again with a lower --lr, "
+            "or go on past these poems with --resume"
+        )
+
+    def _end_epoch(self, stop: StopRequest) -> bool:
+        """Validate, write the epoch's row, start the next one's sums. False where a signal stopped that, to be done again."""
         trained = self.step.totals()
         row: dict[str, Any] = {"event": "epoch", "step": self.done, "epoch": -(-self.done // self.order.steps)}
         row |= {"mean_loss": trained.loss, "mean_accuracy": trained.accuracy, "tokens": trained.counted}
         row |= {"skipped": trained.skipped, "val_loss": None, "val_accuracy": None}
         if len(self.validation_rows):
             steps = validation_steps(self.feed.store, self.validation_rows, self.config.batch_size)
-            feed = Feed(self.feed.store, "bucket")
-            found = evaluate(self.model, map(feed, steps), self.device)
+            try:
+                found = evaluate(
+                    self.model, _until_told(stop, map(Feed(self.feed.store, "bucket"), steps)), self.device
+                )
+            except _Told:
+                self.model.train()
+                return False
             row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
+        self._epoch_due, self._val_loss, self._skipped = False, row["val_loss"], 0
         self.step.reset()
         self.metrics.write(row)
         self.voice.say(epoch_line(row, self.config.epochs))
+        return True
 
     def save(self) -> None:
-        """Write a checkpoint of the state after `done` steps."""
-        optimizer, step = self.step.optimizer, self.step
-        moments = {
-            f"{kind}.{name}": tensor
-            for kind, flat in (("exp_avg", optimizer.exp_avg), ("exp_avg_sq", optimizer.exp_avg_sq))
-            for name, tensor in optimizer.named(flat)
-        }
-        counters = {
-            "applied": optimizer.applied,
-            "sums": step.sums,
-            "failed": torch.stack([step.failed_in_a_row, step.most_failed]),
-            "rng.cpu": torch.get_rng_state(),
-        }
+        """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread."""
+        self.saver.wait()
+        self._saved_at = (self.done, self._epoch_due)
+        for name, copy in self._copies.items():
+            copy.copy_(getattr(self.step.optimizer, name))
+        tensors, state, done = self.tensors(self._copies), self.state(), self.done
+        small = tensors[OPTIMIZER]
+        small |= {name: tensor.clone() for name, tensor in small.items() if not name.startswith("exp_avg")}
+        copied = None
         if self.device.type == "cuda":
-            counters["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        tensors = {
-            "weights.safetensors": dict(optimizer.named(optimizer.master)),
-            "optimizer.safetensors": {**moments, **counters},
+            copied = torch.cuda.Event()
+            copied.record()
+
+        def job() -> None:
+            host = tensors if copied is None else _to_host(tensors, copied, self.device)
+            checkpoint.refuse_non_finite(host)
+            checkpoint.write(self.folder, done, host, self.beside, state, self.config.keep)
+
+        self.saver.start(f"the checkpoint of step {done}", job)
+
+    def _finish_saving(self, stop: StopRequest) -> None:
+        """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""
+        self.saver.wait()
+        self.metrics.flush()
+        for _ in range(PATIENCE):
+            if self.saver.error is None or stop.signal is not None:
+                break
+            self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
+            stop.wait(RETRY_SECONDS)
+            self.save()
+            self.saver.wait()
+            self.metrics.flush()
+        if self.saver.error is not None:
+            saved = checkpoint.listed(self.folder)
+            newest = f"the newest checkpoint is {saved[0][1]}" if saved else "no checkpoint was ever written"
+            raise NotSaved(f"{self.saver.error}; {newest}: make room and go on from there with --resume")
+        if self.metrics.error is not None:
+            raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
+
+    def tensors(self, flats: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Every tensor that training goes on with, by file and name: those in use, or of copies of the optimizer's flat buffers."""
+        optimizer, step = self.step.optimizer, self.step
+        master, exp_avg, exp_avg_sq = ((flats or vars(optimizer))[name] for name in FLATS)
+        rest = {f"exp_avg.{name}": tensor for name, tensor in optimizer.named(exp_avg)}
+        rest |= {f"exp_avg_sq.{name}": tensor for name, tensor in optimizer.named(exp_avg_sq)}
+        rest |= {"applied": optimizer.applied, "sums": step.sums, "losses": self.watch.noted}
+        rest |= {"failed_in_a_row": step.failed_in_a_row, "most_failed": step.most_failed}
+        rest |= {"rng.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rest |= {"rng.cuda": torch.cuda.get_rng_state(self.device)}
+        return {WEIGHTS: dict(optimizer.named(master)), OPTIMIZER: rest}
+
+    def adopt(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """What is left to do when a checkpoint has been copied into `tensors()`."""
+        self.step.optimizer.reload()
+        torch.set_rng_state(tensors[OPTIMIZER]["rng.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors[OPTIMIZER]["rng.cuda"], self.device)
+
+    def state(self) -> dict[str, Any]:
+        """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short."""
+        cut_short = self.done == self.last_step and not self._is_regular(self.done)
+        return {
+            "seconds": self.seconds,
+            "epoch_due": self._epoch_due,
+            "val_loss": self._val_loss,
+            "skipped": self._skipped,
+            "spike": self._spike,
+            "watch": self.watch.state(),
+            "metrics": self.metrics.mark(without_last=cut_short),
+            "metrics_at_the_end": self.metrics.mark(),
+            "length": self.length,
+            "identity": self.identity,
         }
-        # A longer run would not have had the last row of one that max_steps cuts short.
-        lasting = (
-            self.metrics.bytes
-            if self._is_regular(self.done) or self.done < self.last_step
-            else self.metrics.last_row_at
-        )
-        state = {"seconds": self.seconds, "metrics_bytes": lasting, "identity": self.identity}
-        checkpoint.save(self.folder / "checkpoints", self.done, tensors, state, self.config.keep)
 
     def _is_regular(self, step: int) -> bool:
         """Is this a step that is logged however long the run is?"""
         return step == 1 or step % self.config.log_every == 0 or step % self.order.steps == 0
 
-    def restore(self, state: dict[str, Any], tensors: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Go on from a checkpoint's content."""
-        optimizer, step = self.step.optimizer, self.step
-        weights, rest = tensors["weights.safetensors"], tensors["optimizer.safetensors"]
-        with torch.no_grad():
-            for name in optimizer.shapes:
-                optimizer.view(optimizer.master, name).copy_(weights[name])
-                optimizer.view(optimizer.exp_avg, name).copy_(rest[f"exp_avg.{name}"])
-                optimizer.view(optimizer.exp_avg_sq, name).copy_(rest[f"exp_avg_sq.{name}"])
-            optimizer.applied.copy_(rest["applied"])
-            step.sums.copy_(rest["sums"])
-            step.failed_in_a_row.copy_(rest["failed"][0])
-            step.most_failed.copy_(rest["failed"][1])
-        optimizer.reload()
-        torch.set_rng_state(rest["rng.cpu"])
-        if self.device.type == "cuda" and "rng.cuda" in rest:
-            torch.cuda.set_rng_state(rest["rng.cuda"], self.device)
-        self.done, self.seconds = state["step"], state["seconds"]
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raises Damaged for what `Loop.state` cannot have written."""
+    count = lambda value: type(value) is int and value >= 0
+    real = lambda value: type(value) is float and math.isfinite(value)
+    mark = lambda value: isinstance(value, list) and len(value) == 2 and count(value[0]) and isinstance(value[1], str)
+    watch, spike = state.get("watch"), state.get("spike", ())
+    fits = (
+        real(state.get("seconds"))
+        and type(state.get("epoch_due")) is bool
+        and count(state.get("skipped"))
+        and (
+            spike is None
+            or (isinstance(spike, list) and len(spike) == 4 and count(spike[0]) and all(map(real, spike[1:])))
+        )
+        and isinstance(watch, dict)
+        and count(watch.get("count"))
+        and isinstance(watch.get("window"), list)
+        and all(map(real, watch["window"]))
+        and mark(state.get("metrics"))
+        and mark(state.get("metrics_at_the_end"))
+        and isinstance(state.get("length"), str)
+        and isinstance(state.get("identity"), dict)
+    )
+    if not fits:
+        raise checkpoint.Damaged("its state is not one of a run")
 
 
-def _read(result: StepResult) -> dict[str, float]:
-    """A step's figures for its row. Synchronises with the device."""
-    counted = max(1, int(result.counted))
-    row = {"loss": float(result.loss), "accuracy": int(result.correct) / counted, "grad_norm": float(result.norm)}
-    return row | ({"skipped": 1} if bool(result.skipped) else {})
+def _until_told(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        if stop.signal is not None:
+            raise _Told
+        yield batch
+
+
+def _to_host(
+    tensors: Mapping[str, Mapping[str, Tensor]], copied: torch.cuda.Event, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors on the CPU once `copied` has come to pass, beside the training's stream."""
+    copied.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        return {file: {name: tensor.cpu() for name, tensor in group.items()} for file, group in tensors.items()}

@@ -2,62 +2,175 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import math
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from fastpoem import disk
+
+LONGEST_ROW = 1 << 16  # bytes
+
+
+class Mark(NamedTuple):
+    """A place in metrics.jsonl: bytes before it, and their sha256."""
+
+    bytes: int
+    sha256: str
+
 
 class Metrics:
-    """The rows of a run: kept in `rows`, appended to `metrics.jsonl` a whole line at a time, mirrored to TensorBoard."""
+    """The rows of a run: kept in `rows`, appended to `metrics.jsonl` a whole line at a time, mirrored to TensorBoard.
 
-    def __init__(self, folder: Path, *, keep_bytes: int = 0, tensorboard: bool = False) -> None:
-        """keep_bytes: what of an existing file still holds; the rest belongs to steps that a resumed run will do again."""
-        self.path = folder / "metrics.jsonl"
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        os.ftruncate(self._file, keep_bytes)
-        with self.path.open(encoding="utf-8") as stream:
-            self.rows: list[dict[str, Any]] = [json.loads(line) for line in stream]
-        self.last_row_at = keep_bytes  # where the last row written begins
+    Rows that the disk does not take stay in memory, no part of them in the file, and are tried again with the next one; a file that
+    vanishes is written anew. `error` says why rows are missing from the file, or is None.
+    """
+
+    def __init__(
+        self, folder: Path, *, done: int, keep: Mark | None, say: Callable[[str], None], tensorboard: bool = False
+    ) -> None:
+        """keep: what of an existing file belongs to the `done` steps that a run goes on from; the rest, of steps that will be done
+        again, is cut off. Raises OSError."""
+        self.path, self.say = folder / "metrics.jsonl", say
+        self.error: str | None = None
+        self.rows: list[dict[str, Any]] = []
+        self._digest, self._size = hashlib.sha256(), 0
+        self._before_last = self.mark()
+        if keep is None:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        else:
+            for row in _surviving(self.path, done, keep, say):
+                self._add(row)
+            self._file = self._write_anew()
+        self._held = b""  # rows that are not in the file yet
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
-    @property
-    def bytes(self) -> int:
-        return os.fstat(self._file).st_size
+    def mark(self, *, without_last: bool = False) -> Mark:
+        """The place after all rows, or before the last."""
+        return self._before_last if without_last else Mark(self._size, self._digest.hexdigest())
 
     def write(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
-        self.last_row_at = self.bytes
-        plain = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in row.items()
-        }
-        os.write(self._file, (json.dumps(plain) + "\n").encode())
+        """Add a row. Values that are not finite become null, as JSON has no others."""
+        self._held += self._add({name: None if _is_odd(value) else value for name, value in row.items()})
+        self.flush()
         if self._writer is not None:
             group = "epoch" if row.get("event") == "epoch" else "train"
             for name, value in row.items():
                 if isinstance(value, float) and name not in ("seconds",):
                     self._writer.add_scalar(f"{group}/{name}", value, row["step"])
 
+    def flush(self) -> None:
+        """Bring the file up to date, as far as the disk lets."""
+        try:
+            if not _is_same(self._file, self.path):
+                self.say(f"{self.path} had vanished and is written anew")
+                fresh = self._write_anew()
+                os.close(self._file)
+                self._file = fresh
+            elif self._held:
+                end = self._size - len(self._held)
+                if os.pwrite(self._file, self._held, end) < len(self._held):
+                    os.ftruncate(self._file, end)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._held, self.error = b"", None
+        except OSError as error:
+            if self.error is None:
+                self.say(f"{self.path} could not be written: {error}; its rows are kept in memory and tried again")
+            self.error = f"{self.path} could not be written: {error}"
+
     def close(self) -> None:
         os.close(self._file)
         if self._writer is not None:
             self._writer.close()
+
+    def _add(self, row: dict[str, Any]) -> bytes:
+        line = _line(row)
+        self.rows.append(row)
+        self._before_last = self.mark()
+        self._digest.update(line)
+        self._size += len(line)
+        return line
+
+    def _write_anew(self) -> int:
+        """Replace the file by one that holds all rows, in one step; a handle on it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        made = self.path.with_name(f".{self.path.name}.partial")
+        made.unlink(missing_ok=True)
+        disk.write_bytes(made, b"".join(map(_line, self.rows)))
+        os.replace(made, self.path)
+        return os.open(self.path, os.O_RDWR)
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()
+
+
+def _is_odd(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _surviving(path: Path, done: int, keep: Mark, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The rows of an existing file that belong to the first `done` steps."""
+    try:
+        with path.open("rb") as stream:
+            if os.fstat(stream.fileno()).st_size >= keep.bytes:
+                whole = stream.read(keep.bytes)
+                if hashlib.sha256(whole).hexdigest() == keep.sha256:
+                    return [json.loads(line) for line in whole.splitlines()]
+            stream.seek(0)
+            rows = list(_whole_rows(stream, done))
+    except FileNotFoundError:
+        rows = []
+    say(f"{path} is not as it was when the checkpoint was written: {len(rows)} rows of it are whole and kept")
+    return rows
+
+
+def _whole_rows(stream: BinaryIO, done: int) -> Iterator[dict[str, Any]]:
+    """Rows in rising order, none twice, up to the first line that is none."""
+    last = (0, False)
+    while line := stream.readline(LONGEST_ROW):
+        try:
+            row = json.loads(line)
+            here = (row["step"], "event" in row)
+            fits = line.endswith(b"\n") and type(here[0]) is int and last < here <= (done, True)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return
+        if not fits:
+            return
+        yield row
+        last = here
+
+
+def _is_same(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody listens any more, which is no reason to stop training."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
 class Voice:
     """Lines on the console, with a bar below them where there is a terminal."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(highlight=False, quiet=quiet, soft_wrap=True)
+        self.console = _Console(highlight=False, quiet=quiet, soft_wrap=True)
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -70,7 +183,10 @@ class Voice:
         self._task: TaskID | None = None
 
     def say(self, line: str) -> None:
-        self.console.print(line, markup=False)
+        try:
+            self.console.print(line, markup=False)
+        except OSError:  # a terminal that is gone
+            self.console.on_broken_pipe()
 
     def start(self, done: int, total: int) -> None:
         self._progress.start()
@@ -86,12 +202,16 @@ class Voice:
 
 
 def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: float) -> str:
+    """A logged step for a person. `row` as in metrics.jsonl, its loss possibly not finite."""
     minutes, seconds = divmod(round(seconds_left), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
+    line = (
         f"epoch {row['epoch']}/{epochs}  step {row['step']}/{last_step}  lr {row['lr']:.2e}  loss {row['loss']:.4f}  "
         f"accuracy {row['accuracy']:6.2%}  {row['tokens_per_s']:,.0f} tokens/s  left {hours}:{minutes:02d}:{seconds:02d}"
     )
+    if "skipped" in row:
+        line += f"  skipped {row['skipped']} (loss or gradient not finite)"
+    return line
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:

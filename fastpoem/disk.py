@@ -1,0 +1,124 @@
+"""Folders that are whole or absent: written beside their place, flushed to disk, and put there in one step.
+
+Checkpoints and models both go this way. Tensors are written as safetensors piece by piece, hashed on the way, from the memory they lie in:
+the library's own writer copies every tensor and keeps the interpreter to itself until the disk is done, and training would wait.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECE = 1 << 23  # bytes hashed and written at a time, while they are in the cache
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
+_SWAP, _HERE = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
+
+
+def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a new file and flush it to disk. Returns {"size": bytes, "sha256": hex}. Raises OSError."""
+    return _write(path, [memoryview(content)])
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a new safetensors file of tensors on the CPU and flush it to disk; returns as `write_bytes`. Raises OSError.
+
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    ordered = sorted(
+        tensors.items(), key=lambda item: -item[1].element_size()
+    )  # stable: wide types first keeps all aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    pieces, end = [], 0
+    for name, tensor in ordered:
+        flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        pieces.append(flat)
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + len(flat)],
+        }
+        end += len(flat)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(path, [memoryview(len(text).to_bytes(8, "little")), memoryview(text), *pieces])
+
+
+def _write(path: Path, pieces: Iterable[memoryview]) -> dict[str, Any]:
+    size, digest = 0, hashlib.sha256()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        for piece in pieces:
+            for start in range(0, len(piece), PIECE):
+                part = piece[start : start + PIECE]
+                digest.update(part)
+                size += len(part)
+                while part:  # a disk that fills up takes less than it was given before it refuses
+                    part = part[os.write(handle, part) :]
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, in hex. Raises OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def put(made: Path, goal: Path) -> None:
+    """Give the finished folder `made` the name `goal`, on the same disk. A folder that was there is gone afterwards. Raises OSError."""
+    flush_folder(made)
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    if not goal.exists():
+        os.rename(made, goal)
+        flush_folder(goal.parent)
+        return
+    if not _exchange(made, goal):  # an old kernel or a foreign file system: for a moment there is no `goal`
+        aside = made.with_name(made.name + "-replaced")
+        discard(aside)
+        os.rename(goal, aside)
+        os.rename(made, goal)
+        made = aside
+    flush_folder(goal.parent)
+    discard(made)
+
+
+def recover(made: Path, goal: Path) -> None:
+    """Undo what a process that died has left of `put(made, goal)` or of its preparation. Only for who holds the folder above."""
+    aside = made.with_name(made.name + "-replaced")
+    if aside.exists() and not goal.exists():
+        os.rename(aside, goal)
+    discard(aside)
+    discard(made)
+
+
+def discard(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's list of names to disk. Raises OSError."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None).renameat2  # Linux, glibc 2.28
+    except (AttributeError, OSError, TypeError):
+        return False
+    return swap(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _SWAP) == 0

@@ -1,0 +1,169 @@
+"""The folder of a run: who may write there, and whether the run in it is the one that a resumed command means."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastpoem
+from fastpoem import disk
+from fastpoem.config import TrainConfig
+from fastpoem.corpus.store import TokenStore
+from fastpoem.errors import InputError
+from fastpoem.model import hub
+from fastpoem.model.gpt2 import GPT2Config
+from fastpoem.run import checkpoint
+
+# Settings that a resumed run may change: they say how long, where and how loudly, not what is computed …
+FREE_ON_RESUME = frozenset(
+    {
+        "out",
+        "cache_dir",
+        "resume",
+        "device",
+        "compile",
+        "graphs",
+        "attention",
+        "epochs",
+        "max_steps",
+        "log_every",
+        "save_every",
+    }
+    | {"keep", "tensorboard", "sample", "data", "model", "from_scratch"}
+)
+IN_THE_STORE = frozenset({"max_length", "convert", "buckets"})  # … and those that are compared as the store has them
+ANOTHER = "name another folder with --out"
+
+
+def choose(config: TrainConfig) -> Path:
+    """The run's folder, not made yet. Raises InputError where a run stands that is not to be resumed, or nothing can be written."""
+    out = Path(config.out).expanduser() if config.out else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    try:
+        if out.exists() and not out.is_dir():
+            raise InputError(out, "is a file", "name a folder with --out")
+        if not config.resume and ((out / "metrics.jsonl").exists() or checkpoint.listed(out)):
+            raise InputError(out, "holds a run already", f"add --resume to continue it, or {ANOTHER}")
+        above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    except (OSError, ValueError) as error:  # too long, a NUL in it, a parent that may not be searched
+        raise InputError(out, f"cannot be a folder ({getattr(error, 'strerror', None) or error})", ANOTHER) from None
+    if not above.is_dir():
+        raise InputError(out, f"cannot be made: {above} is a file", ANOTHER)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(out, f"cannot be written ({above} is read-only)", ANOTHER)
+    return out
+
+
+@contextlib.contextmanager
+def claim(out: Path) -> Iterator[None]:
+    """Hold the run's folder for this process, clean of what a killed one left half-done. Raises InputError.
+
+    The lock is the kernel's, so a process that dies leaves none behind.
+    """
+    with contextlib.ExitStack() as stack:
+        with refused_by_the_disk(out):
+            out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((out / ".lock").open("a+"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                by = lock.read(20).strip()
+                reason = "another run is writing there" + (f" (process {by})" if by.isdecimal() else "")
+                raise InputError(out, reason, f"wait for it, or {ANOTHER}") from None
+            lock.truncate(0)
+            lock.write(f"{os.getpid()}\n")
+            lock.flush()
+            checkpoint.clean(out)
+            disk.recover(hub.partial(out / "model"), out / "model")
+        yield
+
+
+@contextlib.contextmanager
+def refused_by_the_disk(out: Path) -> Iterator[None]:
+    """Before training begins, what the disk refuses is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        mend = f"mend its permissions, make room, or {ANOTHER}"
+        raise InputError(error.filename or out, f"cannot be written ({error.strerror or error})", mend) from None
+
+
+def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run."""
+    free = FREE_ON_RESUME | IN_THE_STORE
+    source, counts = store.manifest["source"], store.manifest["counts"]
+    return {
+        "store": {
+            "poems": f"{counts['rows']} of {source.get('name')} ({str(source.get('sha256'))[:8]})",
+            "max_length": store.max_length,
+            "convert": source.get("convert"),
+            "buckets": [bucket.length for bucket in store.buckets],
+            "token store": store.identity,
+        },
+        "tokenizer": store.fingerprint,
+        "shape": dataclasses.asdict(shape),
+        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in free},
+    }
+
+
+def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    """Raises InputError naming every difference between the identities of the run in `out` and of the one that would continue it."""
+
+    def different(before: Any, after: Any, name: str) -> Iterator[str]:
+        if isinstance(before, dict) and isinstance(after, dict):
+            if "token store" in after and before.get("token store") == after["token store"]:
+                return  # the same ids, whatever the text was called
+            for key in {**before, **after}:
+                yield from different(before.get(key), after.get(key), key)
+        elif before != after:
+            yield f"{name} was {_short(before)}, is {_short(after)}"
+
+    found = list(different(saved, json.loads(json.dumps(now)), "all"))
+    if len(found) > 1:
+        found = [
+            one for one in found if not one.startswith("token store ")
+        ]  # the hash that follows from another difference
+    if found:
+        raise InputError(
+            out,
+            f"cannot be resumed: {'; '.join(found)}",
+            f"give the settings and data the run was started with, or {ANOTHER}",
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def write_config(
+    out: Path, config: TrainConfig, same: dict[str, Any], store: TokenStore, device: torch.device, dtype: torch.dtype
+) -> None:
+    """RUN/config.json: every setting, the versions, the store's identity. Raises OSError."""
+    packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
+    on_gpu = device.type == "cuda"
+    content = {
+        "settings": dataclasses.asdict(config),
+        "versions": {"fastpoem": fastpoem.__version__, "python": platform.python_version(), **packages},
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype)[6:],
+        "store": {"path": str(store.path), "identity": store.identity, "rows": store.rows},
+        "tokenizer": store.fingerprint,
+        "model": same["shape"],
+    }
+    made = out / ".config.json.partial"
+    made.unlink(missing_ok=True)
+    disk.write_bytes(made, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    os.replace(made, out / "config.json")
