@@ -9,8 +9,9 @@ import math
 from collections.abc import Iterator
 
 import torch
-from fastpoem_kernels import clipped_adamw_
 from torch import Tensor, nn
+
+from fastpoem.engine.kernels import OURS, Kernels
 
 ALIGN = 64  # elements: every view starts on a 128-byte boundary even in bf16, so that kernels may use wide accesses
 
@@ -24,9 +25,16 @@ class FlatAdamW:
     """
 
     def __init__(
-        self, module: nn.Module, device: torch.device, dtype: torch.dtype, *, weight_decay: float, max_norm: float
+        self,
+        module: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        weight_decay: float,
+        max_norm: float,
+        kernels: Kernels = OURS,
     ) -> None:
-        self.module, self.weight_decay = module, weight_decay
+        self.module, self.weight_decay, self.kernels = module, weight_decay, kernels
         self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         sizes = [-(-shape.numel() // ALIGN) * ALIGN for shape in self.shapes.values()]
         self.offsets = dict(zip(self.shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
@@ -59,7 +67,7 @@ class FlatAdamW:
     def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
         """Clip and update from `grad` at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool):
         a step whose norm or `loss` is not finite is skipped and changes nothing."""
-        return clipped_adamw_(
+        return self.kernels.clipped_adamw_(
             self.master,
             self.grad,
             self.exp_avg,

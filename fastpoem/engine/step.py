@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from fastpoem_kernels import cross_entropy
 from torch import Tensor
 
 from fastpoem.corpus.feed import IGNORE, Batch
+from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.model.attention import Packing
 
@@ -69,7 +69,7 @@ class TrainStep:
         if self.compiled:
             self.optimizer.let_autograd_accumulate()
         logits = self.model(batch.inputs, batch.packing)  # (B * T, V)
-        out = cross_entropy(logits, batch.targets.flatten(), IGNORE, self.pad_id)
+        out = self.optimizer.kernels.cross_entropy(logits, batch.targets.flatten(), IGNORE, self.pad_id)
         out.loss.backward()
         loss = out.loss.detach()
         norm, skipped = self.optimizer.step(loss)
@@ -94,14 +94,14 @@ def read_totals(sums: Tensor) -> Totals:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device) -> Totals:
+def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device, kernels: Kernels = OURS) -> Totals:
     """Loss and accuracy over `batches` with dropout off; the random state is left as it was."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)
     for batch in batches:
         batch = batch.to(device)
-        out = cross_entropy(model(batch.inputs, batch.packing), batch.targets.flatten(), IGNORE)
+        out = kernels.cross_entropy(model(batch.inputs, batch.packing), batch.targets.flatten(), IGNORE)
         sums[0] += out.loss.double() * out.valid
         sums[1:4] += torch.stack([out.valid, out.correct, out.counted])
     model.train(was_training)

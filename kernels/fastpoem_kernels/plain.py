@@ -1,0 +1,57 @@
+"""The same two functions from PyTorch's own operators: what training falls back to where a kernel fails its check on a device.
+
+Slower (three tensors of the logits' size, several sweeps over the weights) but with nothing of ours in it; no host synchronisation.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpoem_kernels.loss import CrossEntropy
+
+
+def cross_entropy(
+    logits: Tensor,  # (N, V) float32, bfloat16 or float16
+    target: Tensor,  # (N,) int64
+    ignore_index: int = -100,
+    accuracy_ignore_index: int | None = None,
+) -> CrossEntropy:
+    """As `fastpoem_kernels.cross_entropy`, but the logits are left alone."""
+    valid = target != ignore_index  # (N,)
+    counted = valid if accuracy_ignore_index is None else valid & (target != accuracy_ignore_index)
+    correct = (logits.detach().argmax(1) == target) & counted
+    total = F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="sum")
+    return CrossEntropy(total / valid.sum().clamp(min=1), correct.sum(), valid.sum(), counted.sum())
+
+
+@torch.no_grad()
+def clipped_adamw_(
+    param: Tensor,  # (P,) float32
+    grad: Tensor,  # (P,) float32 or bfloat16
+    exp_avg: Tensor,  # (P,) float32
+    exp_avg_sq: Tensor,  # (P,) float32
+    *,
+    step: Tensor,  # () float32
+    lr: Tensor,  # () float32
+    max_norm: Tensor,  # () float32
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    loss: Tensor | None = None,  # ()
+    low_precision: Tensor | None = None,  # (P,) bfloat16
+) -> tuple[Tensor, Tensor]:
+    """As `fastpoem_kernels.clipped_adamw_`, on `torch._fused_adamw_`, which can scale and skip by device tensors."""
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    skipped = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
+    step.add_(~skipped)
+    torch._fused_adamw_(
+        [param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step],
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        grad_scale=((norm + 1e-6) / max_norm).clamp(min=1.0), found_inf=skipped.float(),
+    )  # fmt: skip
+    if low_precision is not None:
+        low_precision.copy_(param)
+    return norm, skipped
