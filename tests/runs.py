@@ -1,0 +1,61 @@
+"""What the tests of resuming and of faults share: a run small enough to be done hundreds of times, and what makes two runs the same."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+TIMINGS = {"tokens_per_s", "poems_per_s", "seconds"}
+
+
+def tiny_model(folder: Path, source: Path) -> Path:
+    """A model folder of one layer, 16 wide, without weights, with the tokenizer of `source`."""
+    folder.mkdir(parents=True)
+    for name in ("vocab.txt", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    config = json.loads((source / "config.json").read_text())
+    config |= {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def tiny_data(path: Path, source: Path, poems: int = 60) -> Path:
+    path.write_text("\n".join(source.read_text(encoding="utf-8").splitlines()[:poems]), encoding="utf-8")
+    return path
+
+
+def settings(folder: Path, **changes) -> dict:
+    """57 poems to train on in 14 steps an epoch, three epochs, everything logged, dropout on."""
+    base = dict(
+        data=str(folder / "poems.txt"), model=str(folder / "model"), from_scratch=True, device="cpu", batch_size=4,
+        epochs=3, lr=1e-2, log_every=1, dropout=0.2,
+    )  # fmt: skip
+    return base | changes
+
+
+def rows(run: Path) -> list[dict]:
+    """The rows on disk, timings aside. Fails on a torn line."""
+    content = (run / "metrics.jsonl").read_bytes()
+    assert content.endswith(b"\n") or not content
+    found = [json.loads(line) for line in content.splitlines()]
+    return [{name: value for name, value in row.items() if name not in TIMINGS} for row in found]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Rows, trained weights and the state in the newest checkpoints are the same, bit for bit."""
+    assert rows(one) == rows(other)
+    for name in ("model/model.safetensors", "model/config.json", "model/vocab.txt"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    newest = [max((run / "checkpoints").iterdir()) for run in (one, other)]
+    assert newest[0].name == newest[1].name
+    states = [load_file(path / "optimizer.safetensors") for path in newest]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def assert_tidy(run: Path) -> None:
+    """Nothing but what a run's folder is said to hold, and every checkpoint in it whole."""
+    assert {path.name for path in run.iterdir()} <= {".lock", "metrics.jsonl", "config.json", "checkpoints", "model"}
+    for path in (run / "checkpoints").iterdir():
+        assert (path / "state.json").is_file(), path

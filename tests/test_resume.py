@@ -1,0 +1,422 @@
+"""A run that was interrupted and resumed is the run that was not: every row, every weight, wherever it was cut."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import fastpoem
+from fastpoem.engine.step import Totals
+from fastpoem.errors import InputError
+from fastpoem.model.hub import BUNDLED
+from fastpoem.run import loop as loop_module
+from fastpoem.run.fit import assembled
+from fastpoem.run.loop import Diverged, Loop
+from fastpoem.run.metrics import Voice
+from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    tiny_model(folder / "model", BUNDLED / "model")
+    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def untouched(base):
+    """The folder of an uninterrupted run under these changes, made once for each."""
+    made = {}
+
+    def make(**changes):
+        key = repr(sorted(changes.items()))
+        if key not in made:
+            made[key] = base / f"untouched-{len(made)}"
+            fastpoem.fit(**settings(base, out=str(made[key]), **changes))
+        return made[key]
+
+    return make
+
+
+def told_at(monkeypatch, *steps):
+    """Have SIGTERM come in the middle of these steps."""
+    one_step = Loop.one_step
+
+    def step_and_signal(self):
+        one_step(self)
+        if self.done in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "one_step", step_and_signal)
+
+
+@pytest.mark.parametrize("save_every", [None, 5])
+@pytest.mark.parametrize("cuts", [(1,), (9, 10), (14, 28), (17, 29, 41)])  # 14 steps an epoch
+def test_stopped_and_resumed_is_untouched(base, untouched, tmp_path, monkeypatch, cuts, save_every):
+    whole = untouched(save_every=save_every)
+    with monkeypatch.context() as patch:
+        told_at(patch, *cuts)
+        for number in range(len(cuts) + 1):
+            run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=number > 0, save_every=save_every))
+            assert run.stopped_by == (signal.SIGTERM if number < len(cuts) else None)
+            assert rows(run.folder)[-1]["step"] == (42 if number == len(cuts) else cuts[number])
+    assert_same(whole, run.folder)
+    assert_tidy(run.folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(batching="pack"), dict(batching="pad", shuffle=False), dict(recipe="notebook", epochs=2),
+                dict(schedule="cosine", warmup_steps=9, log_every=4, keep=1), dict(precision="bf16")], ids=repr
+)  # fmt: skip
+def test_with_every_batching_and_schedule(base, untouched, tmp_path, monkeypatch, changes):
+    whole = untouched(**changes)
+    told_at(monkeypatch, 3, 14, 25)
+    for number in range(4):
+        run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=number > 0, **changes))
+    assert_same(whole, run.folder)
+
+
+def test_a_signal_while_validating_saving_or_exporting(base, untouched, tmp_path, monkeypatch):
+    whole = untouched()
+    places = iter([(loop_module, "evaluate"), (loop_module.checkpoint, "write"), (loop_module.checkpoint, "_drop_old")])
+    from fastpoem.run import fit as fit_module
+
+    for number, (module, name) in enumerate([*places, (fit_module.hub, "write_folder")]):
+        with monkeypatch.context() as patch:
+            inner, calls = getattr(module, name), []
+
+            def outer(*given, inner=inner, calls=calls):
+                calls.append(given)
+                if len(calls) == 1:  # a second signal would end the process
+                    os.kill(os.getpid(), signal.SIGINT)
+                return inner(*given)
+
+            patch.setattr(module, name, outer)
+            run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=number > 0))
+        assert run.stopped_by == signal.SIGINT
+    assert run.model.is_dir()  # an export that has begun is finished
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=True))
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_finished_run_has_nothing_left_to_do(base, untouched, tmp_path, capsys):
+    for changes in (dict(), dict(max_steps=17, log_every=5)):
+        out = tmp_path / str(len(changes))
+        first = fastpoem.fit(**settings(base, out=str(out), **changes))
+        before = (out / "metrics.jsonl").read_bytes()
+        again = fastpoem.fit(**settings(base, out=str(out), resume=True, **changes))
+        assert "nothing is left to do" in capsys.readouterr().out
+        assert (out / "metrics.jsonl").read_bytes() == before and again.metrics == first.metrics
+
+
+def test_a_finished_run_may_go_on(base, untouched, tmp_path, capsys):
+    """Under a constant rate, to what a longer run would have been; under another, saying that the schedule is now another."""
+    common = dict(schedule="constant", out=str(tmp_path / "run"))
+    fastpoem.fit(**settings(base, **common | dict(epochs=1, max_steps=9, log_every=4)))
+    fastpoem.fit(**settings(base, **common | dict(epochs=2, log_every=4, resume=True)))
+    fastpoem.fit(**settings(base, **common | dict(epochs=3, log_every=4, resume=True)))
+    assert_same(untouched(schedule="constant", log_every=4), tmp_path / "run")
+    assert "learning rate falls" not in capsys.readouterr().out
+    common = dict(schedule="epoch-cosine", out=str(tmp_path / "cosine"))
+    fastpoem.fit(**settings(base, **common | dict(epochs=1)))
+    run = fastpoem.fit(**settings(base, **common | dict(epochs=2, resume=True)))
+    assert "falls over 2 epochs from here on, where it fell over 1 epochs" in capsys.readouterr().out
+    assert run.metrics[-1]["step"] == 28
+
+
+def test_nothing_to_resume_is_a_fresh_start(base, untouched, tmp_path, capsys):
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=True))
+    assert "starting from the beginning" in capsys.readouterr().out
+    assert_same(untouched(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(batch_size=5), "batch_size was 4, is 5"),
+        (dict(seed=1), "seed was 0, is 1"),
+        (dict(lr=0.5), "lr was 0.01, is 0.5"),
+        (dict(dropout=0.0), "attn_pdrop was 0.2, is 0.0"),
+        (dict(batching="pad"), "batching was bucket, is pad"),
+        (dict(recipe="notebook"), "recipe was default, is notebook"),
+        (dict(val_poems=1), "val_poems was None, is 1"),
+        (dict(max_length=20), "max_length was 64, is 20"),
+        (dict(buckets=1), "buckets was"),
+        (dict(data="{}/other.txt"), "poems was 60 of poems.txt"),
+        (dict(model="{}/wider"), "n_embd was 16, is 32"),
+        (dict(model="{}/speaks"), "tokenizer was"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_another_run_is_refused_by_the_difference(base, untouched, tmp_path, changes, says):
+    out = untouched()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+    tiny_data(tmp_path / "other.txt", BUNDLED / "poems.txt", poems=61)
+    for name in ("wider", "speaks"):
+        tiny_model(tmp_path / name, base / "model")
+    config = json.loads((tmp_path / "wider/config.json").read_text())
+    (tmp_path / "wider/config.json").write_text(json.dumps(config | {"n_embd": 32}))
+    words = (base / "model/vocab.txt").read_text().splitlines()
+    (tmp_path / "speaks/vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]))
+    changes = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in changes.items()}
+    with pytest.raises(InputError, match="cannot be resumed") as refusal:
+        fastpoem.fit(**settings(base, out=str(out), resume=True) | changes)
+    assert says in str(refusal.value)
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_what_may_change_on_resume(base, untouched, tmp_path, monkeypatch):
+    """How it is logged and kept, and where things lie. The weights do not depend on it."""
+    told_at(monkeypatch, 17)
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run")))
+    data = tiny_data(tmp_path / "moved.txt", BUNDLED / "poems.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").rename(tmp_path / "elsewhere/run")
+    run = fastpoem.fit(
+        **settings(base, out=str(tmp_path / "elsewhere/run"), resume=True)
+        | dict(log_every=7, save_every=3, keep=5, data=str(data), cache_dir=str(tmp_path / "cache"), compile="off")
+    )
+    assert (run.model / "model.safetensors").read_bytes() == (untouched() / "model/model.safetensors").read_bytes()
+    assert len(list((run.folder / "checkpoints").iterdir())) in (5, 6)  # the best may be one more
+
+
+def test_resuming_needs_no_weights_of_the_first_model(base, tmp_path, monkeypatch):
+    """They are in the checkpoint."""
+    model = fastpoem.fit(**settings(base, out=str(tmp_path / "first"), max_steps=1)).model
+    told_at(monkeypatch, 5)
+    common = settings(base, out=str(tmp_path / "run"), from_scratch=False, max_steps=8) | dict(model=str(model))
+    fastpoem.fit(**common)
+    (model / "model.safetensors").unlink()
+    assert fastpoem.fit(**common, resume=True).metrics[-1]["step"] == 8
+
+
+def test_resuming_at_step_a_million_is_as_fast_as_at_step_one(base, tmp_path):
+    """No batch is replayed: the order of a late step is asked for directly, and costs what that of the first costs."""
+    took = {}
+    for name, done in (("one", 1), ("million", 1_000_000)):
+        out = tmp_path / name
+        with assembled(
+            fastpoem.config.from_kwargs(**settings(base, out=str(out), epochs=100_000)), Voice(quiet=True)
+        ) as (
+            loop,
+            _,
+        ):
+            loop.done = done
+            loop.save()
+            loop.saver.wait()
+        config = fastpoem.config.from_kwargs(**settings(base, out=str(out), epochs=100_000, resume=True))
+        begin = time.perf_counter()
+        with assembled(config, Voice(quiet=True)) as (loop, _):
+            loop.one_step()
+            took[name] = time.perf_counter() - begin
+            assert loop.done == done + 1
+    assert took["million"] < 3 * took["one"] + 0.5
+
+
+class TestMetricsFile:
+    """metrics.jsonl after a resume: no torn line, no step twice, and what was lost is said."""
+
+    @pytest.fixture
+    def cut(self, base, tmp_path, monkeypatch):
+        with monkeypatch.context() as patch:
+            told_at(patch, 17)
+            fastpoem.fit(**settings(base, out=str(tmp_path / "run")))
+        return tmp_path / "run"
+
+    def resume(self, base, cut):
+        fastpoem.fit(**settings(base, out=str(cut), resume=True))
+
+    @pytest.mark.parametrize(
+        "tail", [b'{"step": 18, "los', b'{"step": 18}\n{"step": 19}\n', b"\0" * 4096, b'{"step": 17}\n'], ids=repr
+    )
+    def test_what_came_after_the_checkpoint_is_cut_off(self, base, untouched, cut, tail):
+        with (cut / "metrics.jsonl").open("ab") as stream:
+            stream.write(tail)
+        self.resume(base, cut)
+        assert_same(untouched(), cut)
+
+    @pytest.mark.parametrize("damage", ["gone", "torn", "edited", "doubled", "zeros"])
+    def test_what_is_lost_of_it_is_said(self, base, untouched, cut, capsys, damage):
+        file = cut / "metrics.jsonl"
+        lines = file.read_bytes().splitlines(keepends=True)
+        whole, kept = rows(untouched()), 18  # 17 steps and an epoch
+        if damage == "gone":
+            file.unlink()
+            kept = 0
+        elif damage == "torn":
+            file.write_bytes(b"".join(lines[:9]) + lines[9][:20])
+            kept = 9
+        elif damage == "edited":
+            file.write_bytes(b"".join(lines).replace(b'"step": 3,', b'"step": 3 ,'))
+        elif damage == "doubled":
+            file.write_bytes(b"".join(lines[:9] + lines[5:]))
+            kept = 9
+        else:
+            file.write_bytes(b"".join(lines[:6]) + b"\0" * 100)
+            kept = 6
+        self.resume(base, cut)
+        said = capsys.readouterr().out
+        assert f"not as it was when the checkpoint was written: {kept} rows" in said
+        assert rows(cut) == whole[:kept] + whole[18:]
+        assert (cut / "model/model.safetensors").read_bytes() == (untouched() / "model/model.safetensors").read_bytes()
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def run(self, base, tmp_path):
+        out = tmp_path / "run"
+        fastpoem.fit(**settings(base, out=str(out), save_every=5, max_steps=20, schedule="constant", keep=2))
+        return out
+
+    def test_newest_and_best_are_kept(self, base, tmp_path, monkeypatch):
+        losses = iter([5.0, 4.0, 4.5, 6.0, 5.5, 7.0])
+        monkeypatch.setattr(loop_module, "evaluate", lambda *given: Totals(next(losses), 1, 0, 1, 0))
+        run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=6, keep=2))
+        kept = sorted(int(path.name[5:]) for path in (run.folder / "checkpoints").iterdir())
+        assert kept == [2 * 14, 5 * 14, 6 * 14]
+
+    def test_a_checkpoint_is_a_model_folder(self, run):
+        from transformers import BertTokenizer, GPT2LMHeadModel
+
+        newest = max((run / "checkpoints").iterdir())
+        model = GPT2LMHeadModel.from_pretrained(newest)
+        assert len(BertTokenizer.from_pretrained(newest)) == model.config.vocab_size
+        exported = GPT2LMHeadModel.from_pretrained(run / "model").state_dict()
+        assert all(torch.equal(value, exported[name]) for name, value in model.state_dict().items())
+
+    @pytest.mark.parametrize("file", ["state.json", "model.safetensors", "optimizer.safetensors", "vocab.txt"])
+    @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "link"])
+    def test_a_damaged_one_is_passed_over_and_said(self, base, untouched, run, tmp_path, capsys, file, damage):
+        path = run / "checkpoints/step-00000020" / file
+        content = bytearray(path.read_bytes())
+        path.unlink()
+        if damage == "flip":
+            content[len(content) // 2] ^= 4
+            path.write_bytes(content)
+        elif damage == "cut":
+            path.write_bytes(content[:-1])
+        elif damage == "link":
+            (tmp_path / "foreign").write_bytes(content)
+            path.symlink_to(tmp_path / "foreign")
+        if file == "state.json" and damage == "link":
+            return  # a link to the very same description changes nothing
+        fastpoem.fit(**settings(base, out=str(run), schedule="constant", resume=True))
+        said = capsys.readouterr().out
+        assert "checkpoint step-00000020 is passed over: " + ("" if damage == "gone" else file) in said
+        assert "step 15 of 42 is done" in said
+        assert_same(untouched(schedule="constant"), run)
+
+    def test_where_none_is_whole_nothing_is_begun(self, base, run):
+        for path in (run / "checkpoints").iterdir():
+            (path / "optimizer.safetensors").write_bytes(b"")
+        before = (run / "metrics.jsonl").read_bytes()
+        with pytest.raises(InputError, match="none of its 3 checkpoints is whole"):
+            fastpoem.fit(**settings(base, out=str(run), schedule="constant", resume=True))
+        assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def logits_of_nan(monkeypatch, steps):
+    """Have the model's output be NaN at these steps."""
+    one_step = Loop.one_step
+
+    def poisoned(self):
+        model = self.step.model
+        if self.done + 1 in steps:
+            self.step.model = lambda *given: model(*given) * float("nan")
+        try:
+            one_step(self)
+        finally:
+            self.step.model = model
+
+    monkeypatch.setattr(Loop, "one_step", poisoned)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_told(base, tmp_path, monkeypatch, capsys):
+    logits_of_nan(monkeypatch, {6, 7, 12})
+    run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=1, log_every=5, save_every=1, keep=99))
+    told = {row["step"]: row.get("skipped") for row in run.metrics if "event" not in row}
+    assert told == {1: None, 5: None, 10: 2, 14: 1}
+    assert run.metrics[-1]["skipped"] == 3
+    assert "skipped 2 (loss or gradient not finite)" in capsys.readouterr().out
+
+    def weights(step):
+        return (run.folder / f"checkpoints/step-{step:08d}/model.safetensors").read_bytes()
+
+    assert weights(5) == weights(6) == weights(7) != weights(8)
+    assert weights(11) == weights(12) != weights(13)
+
+
+def test_skipped_steps_and_windows_survive_a_resume(base, tmp_path, monkeypatch):
+    logits_of_nan(monkeypatch, {6, 7, 12, 27})
+    common = settings(base, log_every=10)
+    whole = fastpoem.fit(**common, out=str(tmp_path / "whole"))
+    told_at(monkeypatch, 7, 26)
+    for number in range(3):
+        fastpoem.fit(**common, out=str(tmp_path / "cut"), resume=number > 0)
+    assert_same(whole.folder, tmp_path / "cut")
+
+
+def test_five_in_a_row_end_the_run_with_the_last_good_checkpoint(base, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        logits_of_nan(patch, set(range(9, 99)))
+        with pytest.raises(Diverged, match=r"step 13: .* 5 times in a row; .*/checkpoints/step-00000013"):
+            fastpoem.fit(**settings(base, out=str(tmp_path / "run"), save_every=8))
+    saved = {path.name: (path / "model.safetensors").read_bytes() for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert saved["step-00000008"] == saved["step-00000013"]
+    run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), save_every=8, resume=True))
+    assert run.metrics[-1]["step"] == 42 and np.isfinite(run.metrics[-1]["mean_loss"])
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(base, tmp_path, monkeypatch, capsys):
+    one_step = Loop.one_step
+
+    def broken(self):
+        one_step(self)
+        if self.done == 9:
+            self.step.optimizer.master[3] = float("inf")
+
+    monkeypatch.setattr(Loop, "one_step", broken)
+    with pytest.raises(Diverged, match=r"last good checkpoint is .*/step-00000008"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), save_every=4))
+    assert "step 12 could not be written" in capsys.readouterr().out
+
+
+def test_a_spike_is_reported_and_not_acted_on(base, untouched, tmp_path, monkeypatch, capsys):
+    losses = torch.full((40,), 3.0) + torch.linspace(0, 0.1, 40)
+    losses[34] = 9.0
+    note = loop_module.Watch.note
+    monkeypatch.setattr(
+        loop_module.Watch, "note", lambda self, loss: note(self, losses[fed.append(0) or (len(fed) - 1) % 40])
+    )
+    fed: list[int] = []
+    run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), log_every=10))
+    assert "step 35: loss 9.0000 is" in capsys.readouterr().out
+    found = [row for row in run.metrics if "spike_step" in row]
+    assert [(row["step"], row["spike_step"]) for row in found] == [(40, 35)] and found[0]["spike_z"] > 100
+    assert (run.model / "model.safetensors").read_bytes() == (untouched() / "model/model.safetensors").read_bytes()
+    fed.clear()
+    told_at(monkeypatch, 36)
+    for number in range(2):
+        cut = fastpoem.fit(**settings(base, out=str(tmp_path / "cut"), log_every=10, resume=number > 0))
+    assert_same(run.folder, cut.folder)
+
+
+def test_losses_are_watched_where_they_are_read_seldom():
+    from fastpoem.run.watch import NOTED, Watch
+
+    often, seldom = Watch(torch.device("cpu")), Watch(torch.device("cpu"))
+    losses = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 5
+    losses[[77, 200, 333]] = torch.tensor([50.0, 60.0, float("nan")])
+    spikes = ([], [])
+    for step, loss in enumerate(losses, 1):
+        for watch, found in zip((often, seldom), spikes, strict=True):
+            watch.note(loss)
+            if watch is often or watch.is_full:
+                found += watch.look(step)
+    assert spikes[0] == spikes[1] and [spike.step for spike in spikes[0]] == [78, 201]
+    assert 400 % NOTED  # the last of them are still unread
