@@ -111,6 +111,13 @@ def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
     return GPT2Config(**shape), raw
 
 
+def count_parameters(shape: GPT2Config) -> int:
+    """How many numbers a GPT-2 of this shape learns, known before any memory is taken."""
+    wide, inner = shape.n_embd, shape.n_inner or 4 * shape.n_embd
+    layer = 4 * wide + 4 * wide * (wide + 1) + inner * (wide + 1) + wide * (inner + 1)
+    return (shape.vocab_size + shape.n_positions) * wide + shape.n_layer * layer + 2 * wide
+
+
 def load_weights(model: GPT2, folder: Path) -> None:
     """Copy a folder's weights into `model`. Raises InputError where they are missing, damaged or of another shape."""
     prefix, mend = "transformer.", "use the weights that belong to this config.json"

@@ -24,6 +24,7 @@ from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
 from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.engine.kernels import choose_kernels
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
@@ -110,7 +111,14 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     order = _order(config, store, held)
     model = _model(config, shape, model_folder, goes_on=config.resume and bool(checkpoint.listed(out)))
     model.to(device)
-    optimizer = FlatAdamW(model, device, dtype, weight_decay=config.weight_decay, max_norm=config.max_grad_norm)
+    optimizer = FlatAdamW(
+        model,
+        device,
+        dtype,
+        weight_decay=config.weight_decay,
+        max_norm=config.max_grad_norm,
+        kernels=choose_kernels(device, shape.vocab_size, voice.say),
+    )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(raw_config, shape, special), tokenizer.files)
 
@@ -152,8 +160,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
 def _model(config: TrainConfig, shape: GPT2Config, source: Path, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in GPT2(shape).parameters())
+    parameters = hub.count_parameters(shape)
     needed, there = 16 * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > there:  # weights, gradients and two moments of 4 bytes each
         reason = f"a model of {parameters / 1e6:,.0f} M parameters takes {needed:,.0f} GiB to train, this machine has {there:,.0f}"
