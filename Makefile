@@ -9,8 +9,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastpoem.train
 
+# One thread in each of two processes: threads that wait for one another are slow on cores that others use.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .
