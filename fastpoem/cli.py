@@ -48,7 +48,7 @@ def parse(
         flag = unknown[0].split("=")[0]
         known = ["--" + field.name.replace("_", "-") for field in fields(cls)]  # type: ignore[arg-type]
         known += ["--no-" + field.name.replace("_", "-") for field in fields(cls) if field.type in (bool, "bool")]  # type: ignore[arg-type]
-        near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.6)
         mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
         raise InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
     return cast(Config, config)

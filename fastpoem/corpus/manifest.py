@@ -27,7 +27,10 @@ MEND = "prepare the store again"
 
 def is_store(path: Path) -> bool:
     """Whether `path` is meant to be a store: a folder with a manifest.json, whole or not."""
-    return (Path(path) / MANIFEST).is_file()
+    try:
+        return (Path(path) / MANIFEST).is_file()
+    except OSError:  # a name too long, a folder that may not be searched: whoever opens it will say so
+        return False
 
 
 def bucket_files(index: int) -> tuple[str, str]:

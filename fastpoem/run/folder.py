@@ -55,8 +55,10 @@ def choose(config: TrainConfig) -> Path:
         if not config.resume and ((out / "metrics.jsonl").exists() or checkpoint.listed(out)):
             raise InputError(out, "holds a run already", f"add --resume to continue it, or {ANOTHER}")
         above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
-    except (OSError, ValueError) as error:  # too long, a NUL in it, a parent that may not be searched
-        raise InputError(out, f"cannot be a folder ({getattr(error, 'strerror', None) or error})", ANOTHER) from None
+    except OSError as error:  # too long, a parent that may not be searched
+        raise InputError(out, f"cannot be a folder ({error.strerror})", ANOTHER) from None
+    if "\0" in str(out):
+        raise InputError(repr(str(out)), "cannot be a folder: it holds a NUL", ANOTHER)
     if not above.is_dir():
         raise InputError(out, f"cannot be made: {above} is a file", ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):

@@ -1,0 +1,351 @@
+"""Bad input: one line that names the thing, the reason and the mend, within seconds, and nothing half-made."""
+
+import gzip
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastpoem
+from fastpoem.config import RANGES
+from fastpoem.corpus.manifest import sealed
+from fastpoem.corpus.store import prepare_store
+from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.errors import InputError
+from fastpoem.model.hub import BUNDLED
+from tests.runs import settings, tiny_data, tiny_model
+
+POEM = "春江潮水连海平，海上明月共潮生。"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    tiny_model(folder / "model", BUNDLED / "model")
+    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
+    prepare_store(folder / "poems.txt", PoemTokenizer.load(folder / "model"), folder / "store", max_length=64)
+    fastpoem.fit(**settings(folder, out=str(folder / "run"), max_steps=1))
+    return folder
+
+
+def refused(base, out: Path, **changes) -> str:
+    """The line that fit refuses these settings with, in seconds and without a trace on the disk."""
+    begin = time.perf_counter()
+    with pytest.raises(InputError) as refusal:
+        fastpoem.fit(**settings(base, out=str(out)) | changes)
+    assert time.perf_counter() - begin < 10
+    assert not out.exists()
+    line = str(refusal.value)
+    assert "\n" not in line and refusal.value.reason and refusal.value.mend
+    return line
+
+
+TEXTS = {  # name, content -> what the line says
+    ("nothing.txt", None): "nothing.txt: does not exist; check the path",
+    ("empty.txt", b""): "empty.txt: holds no poem: it is empty or blank",
+    ("blank.txt", " \n\n\t\u3000\n".encode()): "blank.txt: holds no poem",
+    ("binary.txt", bytes(range(256)) * 40): "NUL byte, so it is binary",
+    ("gb.txt", (f"{POEM}\n" * 20).encode("gb18030")): "gb.txt, line 1: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 gb.txt > utf8.txt",
+    ("latin.txt", "caf\u00e9 au lait\n".encode("latin-1")): "latin.txt, line 1: is not UTF-8",
+    ("utf16.txt", (f"{POEM}\n" * 9).encode("utf-16")): "looks like UTF-16",
+    ("bad.jsonl", f'"{POEM}"\n"{POEM}"\n{{"text": '.encode()): "bad.jsonl, line 3: is malformed JSON",
+    ("bad.json", f'["{POEM}",\n "{POEM}"\n "x"]'.encode()): "bad.json, line 3: is malformed JSON",
+    ("object.json", b'{"a": 1}'): "line 1: is not a JSON list",
+    ("cut.txt.gz", gzip.compress(POEM.encode() * 99)[:-20]): "cut.txt.gz: cannot be read",
+    ("plain.txt.xz", POEM.encode()): "plain.txt.xz: cannot be read",
+    ("few.txt", f"{POEM}\n{POEM}\n".encode()): "2 poems: fewer than a batch of 4; lower --batch-size",
+    ("many.txt", b"\n" * 5_000_000): "holds no poem",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, content", TEXTS, ids=[name for name, _ in TEXTS])
+def test_texts(base, tmp_path, name, content):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert TEXTS[name, content] in refused(base, tmp_path / "run", data=str(tmp_path / name))
+    assert {path.name for path in tmp_path.iterdir()} <= {name, ".fastpoem"}
+    assert (
+        not list((tmp_path / ".fastpoem").glob(".*"))
+        if name != "few.txt" and (tmp_path / ".fastpoem").exists()
+        else True
+    )
+
+
+def test_a_folder_or_a_device_for_a_text(base, tmp_path):
+    (tmp_path / "folder").mkdir()
+    assert "without *.json files" in refused(base, tmp_path / "run", data=str(tmp_path / "folder"))
+    assert "/dev/null: is not a regular file" in refused(base, tmp_path / "run", data="/dev/null")
+    assert "cannot be read" in refused(base, tmp_path / "run", data="x" * 5000)
+
+
+def test_poems_of_one_character_and_of_a_million(base, tmp_path):
+    """These are poems: the longest is cut, the shortest has one thing to predict."""
+    (tmp_path / "odd.txt").write_text("\n".join(["春", "江" * 1_000_000, POEM, "月"] * 3), encoding="utf-8")
+    run = fastpoem.fit(**settings(base, out=str(tmp_path / "run")) | dict(data=str(tmp_path / "odd.txt")))
+    assert math.isfinite(run.metrics[-1]["mean_loss"])
+
+
+def change(file: Path, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def a_copy(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def flip(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def newer(store: Path):
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest.pop("checksum")
+    (store / "manifest.json").write_bytes(sealed(manifest | {"version": 99}))
+
+
+STORES = {
+    "truncated": (lambda store: os.truncate(store / "bucket-000.tokens", 7), "bucket-000.tokens: is truncated or foreign"),
+    "flipped tokens": (lambda store: flip(store / "bucket-000.tokens"), "bucket-000.tokens: is damaged"),
+    "flipped lengths": (lambda store: flip(store / "bucket-000.lengths"), "bucket-000.lengths: is damaged"),
+    "flipped manifest": (lambda store: flip(store / "manifest.json"), "manifest.json"),
+    "newer": (newer, "has version 99"),
+    "foreign": (lambda store: (store / "manifest.json").write_text('{"name": "my app"}'), "is not the manifest of a token store"),
+    "a file gone": (lambda store: (store / "rows.bucket").unlink(), "rows.bucket: is missing"),
+    "a link": (lambda store: ((store / "rows.bucket").unlink(), (store / "rows.bucket").symlink_to("/etc/hostname")), "rows.bucket: is not a regular file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", STORES)
+def test_stores(base, tmp_path, damage):
+    store = a_copy(base / "store", tmp_path / "store")
+    spoil, says = STORES[damage]
+    spoil(store)
+    assert says in refused(base, tmp_path / "run", data=str(store))
+
+
+def test_a_store_of_another_tokenizer_or_too_long(base, tmp_path):
+    other = tiny_model(tmp_path / "model", base / "model")
+    words = (other / "vocab.txt").read_text().splitlines()
+    (other / "vocab.txt").write_text("\n".join([*words[:-2], words[-1], words[-2]]))
+    line = refused(base, tmp_path / "run", data=str(base / "store"), model=str(other))
+    assert "was made with another tokenizer; prepare the text again with this --model" in line
+    short = tiny_model(tmp_path / "short", base / "model")
+    change(short / "config.json", n_positions=20)
+    line = refused(base, tmp_path / "run", data=str(base / "store"), model=str(short))
+    assert "the model has 20 positions; prepare the text again with --max-length 20" in line
+    assert "the model has 20 positions" in refused(base, tmp_path / "run", model=str(short), max_length=21)
+
+
+def cut(path: Path):
+    os.truncate(path, path.stat().st_size - 100)
+
+
+def a_header_that_lies(path: Path):
+    content = path.read_bytes()
+    path.write_bytes((1 << 60).to_bytes(8, "little") + content[8:])
+
+
+def lying_shapes(path: Path):
+    header = json.dumps(
+        {"transformer.wte.weight": {"dtype": "F32", "shape": [1 << 40, 1 << 20], "data_offsets": [0, 1 << 62]}}
+    )
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0" * 64)
+
+
+def as_bin(content):
+    def spoil(model: Path):
+        (model / "model.safetensors").unlink()
+        torch.save(content, model / "pytorch_model.bin")
+
+    return spoil
+
+
+class Harmful:
+    def __reduce__(self):
+        return (os.mkdir, ("/tmp/fastpoem-was-here",))
+
+
+MODELS = {
+    "no config": (lambda model: (model / "config.json").unlink(), "no model folder: it has no config.json"),
+    "config no JSON": (lambda model: (model / "config.json").write_text("{"), "config.json: unreadable"),
+    "config too deep": (lambda model: (model / "config.json").write_text("[" * 100_000), "config.json: unreadable"),
+    "another kind": (lambda model: change(model / "config.json", model_type="llama"), "describes 'llama', not a GPT-2"),
+    "no tokenizer": (lambda model: (model / "vocab.txt").unlink(), "holds no tokenizer"),
+    "no weights": (lambda model: (model / "model.safetensors").unlink(), "no weights (model.safetensors or pytorch_model.bin)"),
+    "cut weights": (lambda model: cut(model / "model.safetensors"), "unreadable weights"),
+    "empty weights": (lambda model: (model / "model.safetensors").write_bytes(b""), "unreadable weights"),
+    "a header too large": (lambda model: a_header_that_lies(model / "model.safetensors"), "unreadable weights"),
+    "shapes beyond the file": (lambda model: lying_shapes(model / "model.safetensors"), "unreadable weights"),
+    "of another width": (lambda model: change(model / "config.json", n_embd=32), "has shape"),
+    "of more layers": (lambda model: change(model / "config.json", n_layer=2), "its weights lack transformer.h.1"),
+    "a small vocabulary": (lambda model: change(model / "config.json", vocab_size=100), "its tokenizer has 1901 ids, its embedding 100"),
+    "a huge model": (lambda model: change(model / "config.json", n_embd=2**22), "GiB to train"),
+    "too many layers": (lambda model: change(model / "config.json", n_layer=2**23), "n_layer is 8388608"),
+    "a negative size": (lambda model: change(model / "config.json", n_head=-1), "n_head is -1"),
+    "a size of text": (lambda model: change(model / "config.json", n_embd="16"), "n_embd is '16'"),
+    "a probability of NaN": (lambda model: change(model / "config.json", attn_pdrop=math.nan), "attn_pdrop is nan"),
+    "an epsilon of infinity": (lambda model: change(model / "config.json", layer_norm_epsilon=math.inf), "layer_norm_epsilon is inf"),
+    "weights of NaN": (lambda model: save_file({"transformer.wte.weight": torch.full((1901, 16), math.nan)}, model / "model.safetensors"), "holds NaN or infinity"),
+    "integers": (lambda model: save_file({"transformer.wte.weight": torch.ones((1901, 16), dtype=torch.int64)}, model / "model.safetensors"), "is torch.int64"),
+    "a bin of a list": (as_bin([1, 2, 3]), "something else than named tensors"),
+    "a bin of numbers": (as_bin({"transformer.wte.weight": 3}), "something else than named tensors"),
+    "a bin of code": (as_bin({"transformer.wte.weight": Harmful()}), "unreadable weights (UnpicklingError"),
+    "a bin of rubbish": (lambda model: ((model / "model.safetensors").unlink(), (model / "pytorch_model.bin").write_bytes(b"PK rubbish")), "unreadable weights"),
+    "an index outside": (lambda model: ((model / "model.safetensors").unlink(), (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}')), "names a file outside its folder"),
+    "an index of nonsense": (lambda model: ((model / "model.safetensors").unlink(), (model / "model.safetensors.index.json").write_text('{"weight_map": [3]}')), "unreadable weights"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", MODELS)
+def test_models(base, tmp_path, damage):
+    model = a_copy(base / "run/model", tmp_path / "model")
+    spoil, says = MODELS[damage]
+    spoil(model)
+    assert says in refused(base, tmp_path / "run", model=str(model), from_scratch=False)
+    assert not Path("/tmp/fastpoem-was-here").exists()
+
+
+NUMBERS = [name for name, _, _ in RANGES]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf, 10**30, 1e300, "3", True])
+def test_numbers_out_of_range(base, tmp_path, name, value):
+    if name == "max_grad_norm" and (value in (math.inf, 10**30, 1e300)):
+        pytest.skip("that large a norm is never reached: nothing is clipped")
+    line = refused(base, tmp_path / "run", **{name: value})
+    assert name in line.replace("-", "_") and ("out of range" in line or "is of the wrong kind" in line)
+
+
+@pytest.mark.parametrize("name, low, high", RANGES, ids=NUMBERS)
+def test_the_ends_of_the_ranges_work(base, tmp_path, name, low, high):
+    """The smallest value that is allowed trains, and so does the largest, but for sizes that this text or model has not got."""
+    for number, value in enumerate([low, high]):
+        if name in ("batch_size", "max_length") and value == high:
+            continue
+        changes = {
+            "max_steps": 3,
+            name: value if name in ("lr", "weight_decay", "max_grad_norm", "dropout") else int(value),
+        }
+        if name == "max_steps" and value == high:
+            changes["epochs"] = 1
+        fastpoem.fit(**settings(base, out=str(tmp_path / str(number))) | changes)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(device="cuda:7"), "--device cuda:7: there is no such device here; this machine has cpu"),
+        (dict(device="cuda:" + "9" * 5000), "no such kind of device"),
+        (dict(device=""), "no such kind of device"),
+        (dict(model="/no/such"), "no such folder"),
+        (dict(model="{}/poems.txt"), "no model folder"),
+        (dict(max_length=65), "the model has 64 positions"),
+        (dict(graphs="on"), "--graphs on"),
+        (dict(attention="flash"), "--attention flash"),
+        (dict(batching="pack", loss_on_padding=True), "packed batches have no padding"),
+        (dict(batch_size=58), "fewer than a batch of 58"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_settings_that_do_not_fit(base, tmp_path, changes, says):
+    if torch.cuda.is_available():
+        pytest.skip("said of a machine without a GPU")
+    changes = {name: value.format(base) if isinstance(value, str) else value for name, value in changes.items()}
+    assert says in refused(base, tmp_path / "run", **changes)
+
+
+def test_folders_that_cannot_be(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out, says in (
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file/below", "is a file"),
+        (tmp_path / ("x" * 300), "cannot be a folder"),
+        (Path("/proc/none"), "cannot be"),
+    ):
+        with pytest.raises(InputError, match=says):
+            fastpoem.fit(**settings(base, out=str(out)))
+    with pytest.raises(InputError, match="cannot be a folder"):
+        fastpoem.fit(**settings(base, out="a\0b"))
+
+
+def test_a_read_only_folder(base, tmp_path, monkeypatch):
+    """As a user who is not root meets it."""
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == tmp_path) and real(path, mode)
+    )
+    assert f"run: cannot be written ({tmp_path} is read-only); name another folder with --out" in refused(
+        base, tmp_path / "run"
+    )
+
+
+def command(*arguments, cwd, module="train", **environment):
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", f"fastpoem.{module}", *arguments], capture_output=True, text=True, cwd=cwd, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"} | environment,
+    )  # fmt: skip
+    return done, time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    "arguments, near",
+    [
+        (["--epoch", "3"], "--epochs"),
+        (["--no-shufle"], "--no-shuffle"),
+        (["--learning-rate", "1"], "see --help"),
+        (["--lr=nan"], "--lr nan: out of range"),
+        (["--batch_sise=3"], "--batch-size"),
+        (["--seed", "9" * 5000], "--seed"),
+        (["--epochs", ""], "--epochs"),
+        (["--\ud800"], "no such flag"),
+    ],
+)  # fmt: skip
+def test_flags(tmp_path, arguments, near):
+    done, _ = command(*[argument.encode("utf-8", "surrogatepass") for argument in arguments], cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert near in done.stderr and done.stderr.startswith("fastpoem: ") and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_it_in_one_line(base, tmp_path):
+    (tmp_path / "gb.txt").write_bytes((POEM + "\n").encode("gb18030") * 30)
+    done, seconds = command("--data", "gb.txt", "--model", str(base / "model"), "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and seconds < 20
+    assert done.stderr == (
+        "fastpoem: gb.txt, line 1: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 gb.txt > utf8.txt\n"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("network", ["refuses", "is silent", "has no names"])
+def test_no_network(base, tmp_path, network):
+    """A hub name without a network is refused in seconds, and says how to do without."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts and never answers
+        endpoint = {
+            "refuses": "http://127.0.0.1:9",
+            "is silent": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "has no names": "https://hub.invalid",
+        }[network]
+        done, seconds = command(
+            "--data", str(base / "poems.txt"), "--model", "owner/name", "--out", "run", cwd=tmp_path,
+            HF_ENDPOINT=endpoint, HF_HUB_OFFLINE="0", HF_HOME=str(tmp_path / "hub"), no_proxy="*",
+        )  # fmt: skip
+    assert done.returncode == 2 and seconds < 30
+    assert done.stderr.startswith(f"fastpoem: owner/name: it could not be fetched from the hub at {endpoint}")
+    assert done.stderr.count("\n") == 1 and "give --model a folder fetched elsewhere" in done.stderr
+    assert not (tmp_path / "run").exists()
