@@ -49,6 +49,8 @@ ANOTHER = "name another folder with --out"
 def choose(config: TrainConfig) -> Path:
     """The run's folder, not made yet. Raises InputError where a run stands that is not to be resumed, or nothing can be written."""
     out = Path(config.out).expanduser() if config.out else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    if "\0" in str(out):
+        raise InputError(repr(str(out)), "cannot be a folder: it holds a NUL", ANOTHER)
     try:
         if out.exists() and not out.is_dir():
             raise InputError(out, "is a file", "name a folder with --out")
@@ -57,8 +59,6 @@ def choose(config: TrainConfig) -> Path:
         above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     except OSError as error:  # too long, a parent that may not be searched
         raise InputError(out, f"cannot be a folder ({error.strerror})", ANOTHER) from None
-    if "\0" in str(out):
-        raise InputError(repr(str(out)), "cannot be a folder: it holds a NUL", ANOTHER)
     if not above.is_dir():
         raise InputError(out, f"cannot be made: {above} is a file", ANOTHER)
     if not os.access(above, os.W_OK | os.X_OK):
