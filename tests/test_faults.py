@@ -106,9 +106,10 @@ def last_step(run: Path) -> int:
     return int(steps[-1]) if steps else 0
 
 
-def resumed_at(said: str) -> int:
-    found = re.search(r"step (\d+) of \d+ is done", said)
-    return int(found[1]) if found else 0
+def resumed_at(said: str) -> int | None:
+    """The step that a resumed run went on from; None where it was killed before it could tell."""
+    found = re.search(r"step (\d+) of \d+ is done|starting from the beginning", said)
+    return int(found[1] or 0) if found else None
 
 
 def killed_at_random(base, server, out, untouched, kills, seed, **changes):
@@ -122,7 +123,8 @@ def killed_at_random(base, server, out, untouched, kills, seed, **changes):
             time.sleep(rng.uniform(0.02, 0.35))
             os.kill(pid, signal.SIGKILL)
         status = server.wait()
-        lost += max(0, before - resumed_at(server.said()))
+        if (start := resumed_at(server.said())) is not None:
+            lost += max(0, before - start)
         assert "passed over" not in server.said(), server.said()
         if status == 0:
             break
@@ -168,7 +170,7 @@ def killed_in(base, server, tmp_path, untouched, places):
         assert server.run(settings(base, out=str(out), resume=True, **SHORT)) == 0, (place, server.said())
         assert "passed over" not in server.said(), (place, server.said())
         assert resumed_at(server.said()) == (newest[0][0] if newest else 0)
-        lost += max(0, reached - resumed_at(server.said()))
+        lost += max(0, reached - (newest[0][0] if newest else 0))
         assert_same(whole, out)
         assert_tidy(out)
         shutil.rmtree(out)

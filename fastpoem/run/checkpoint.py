@@ -248,4 +248,4 @@ def _step_back() -> None:
     """On Linux priorities are a thread's own: let the training's threads have the cores first."""
     if sys.platform == "linux":
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
