@@ -386,6 +386,20 @@ def test_weights_that_are_not_finite_are_never_a_checkpoint(base, tmp_path, monk
     assert "step 12 could not be written" in capsys.readouterr().out
 
 
+def test_a_run_that_ends_with_weights_that_are_not_finite_has_diverged(base, tmp_path, monkeypatch):
+    one_step = Loop.one_step
+
+    def broken(self):
+        one_step(self)
+        if self.done == 14:
+            self.step.optimizer.master[3] = float("nan")
+
+    monkeypatch.setattr(Loop, "one_step", broken)
+    with pytest.raises(Diverged, match=r"step 14 could not be written: .* NaN .*newest checkpoint is .*/step-00000010"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), save_every=5, epochs=1))
+    assert not (tmp_path / "run/model").exists()
+
+
 def test_a_spike_is_reported_and_not_acted_on(base, untouched, tmp_path, monkeypatch, capsys):
     losses = torch.full((40,), 3.0) + torch.linspace(0, 0.1, 40)
     losses[34] = 9.0

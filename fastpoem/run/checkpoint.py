@@ -198,10 +198,11 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 
 class Saver:
-    """Runs jobs that write, one at a time, in a thread of low priority. `error` says why the last one failed, or is None."""
+    """Runs jobs that write, one at a time, in a thread of low priority. `error` says why the last one failed, or is None; `by_the_disk`
+    whether that is something a person can mend."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.error, self._coming = say, None, None
+        self.say, self.error, self.by_the_disk, self._coming = say, None, False, None
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
 
     error: str | None
@@ -226,7 +227,7 @@ class Saver:
             job()
             self.error = None
         except (OSError, NotFinite) as error:
-            self.error = f"{name} could not be written: {error}"
+            self.error, self.by_the_disk = f"{name} could not be written: {error}", isinstance(error, OSError)
             self.say(f"{self.error}; training goes on and tries again at the next checkpoint")
 
 

@@ -255,7 +255,7 @@ class Loop:
         self.saver.wait()
         self.metrics.flush()
         for _ in range(PATIENCE):
-            if self.saver.error is None or stop.signal is not None:
+            if self.saver.error is None or not self.saver.by_the_disk or stop.signal is not None:
                 break
             self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
             stop.wait(RETRY_SECONDS)
@@ -265,6 +265,8 @@ class Loop:
         if self.saver.error is not None:
             saved = checkpoint.listed(self.folder)
             newest = f"the newest checkpoint is {saved[0][1]}" if saved else "no checkpoint was ever written"
+            if not self.saver.by_the_disk:
+                raise Diverged(f"{self.saver.error}; {newest}; start again with a lower --lr")
             raise NotSaved(f"{self.saver.error}; {newest}: make room and go on from there with --resume")
         if self.metrics.error is not None:
             raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
