@@ -446,7 +446,8 @@ def test_a_thousand_flipped_bits(base, untouched, capsys):
 def command(*arguments, cwd, **options):
     return subprocess.Popen(
         [sys.executable, "-m", "fastpoem.train", *arguments],
-        cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+        cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL), **options,  # under nohup it is rightly ignored
     )  # fmt: skip
 
 

@@ -216,9 +216,8 @@ class Loop:
         if len(self.validation_rows):
             steps = validation_steps(self.feed.store, self.validation_rows, self.config.batch_size)
             try:
-                found = evaluate(
-                    self.model, _until_told(stop, map(Feed(self.feed.store, "bucket"), steps)), self.device
-                )
+                batches = _until_told(stop, map(Feed(self.feed.store, "bucket"), steps))
+                found = evaluate(self.model, batches, self.device, self.step.optimizer.kernels)
             except _Told:
                 self.model.train()
                 return False
