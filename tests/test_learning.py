@@ -1,9 +1,9 @@
 """The same learning: after as many poems, bucketed batches reach a validation loss no worse than the notebook's own loop does.
 
-At one learning rate. docs/log.md has others: from scratch at 1e-3 and more the notebook's loop is ahead, for a reason given there.
+Here as people train: a model that has learned to write goes on with other poems, at a fine-tuning rate. docs/log.md has more rates, and
+training from scratch, where Adam's memory of the gradients of padding lets the notebook's loop take larger steps and run ahead.
 """
 
-import math
 import random
 import statistics
 
@@ -24,26 +24,27 @@ LENGTHS = {
 
 @pytest.fixture(scope="module")
 def task(shared_poems, tmp_path_factory):
-    """(training text, held-out lines, a function seed -> model folder): real poems, over the characters they use."""
+    """(training text, held-out lines, model folder): real poems, over the characters they use, and a small model trained on others."""
     folder = tmp_path_factory.mktemp("learning")
     lines = [line for line in notebook.Poems(shared_poems, 20_000).lines if len(line) in LENGTHS]
     random.Random(0).shuffle(lines)
-    text, held = lines[:2400], lines[2400:2700]
+    held, text, before = lines[:300], lines[300:1500], lines[1500:5500]
     (folder / "poems.txt").write_text("\n".join(text), encoding="utf-8")
-    characters = sorted({character for line in text for character in line})
+    (folder / "before.txt").write_text("\n".join(before), encoding="utf-8")
+    characters = sorted({character for line in lines for character in line})
     (folder / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]), encoding="utf-8"
     )
     tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
-
-    def model(seed):
-        torch.manual_seed(seed)
-        shape = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=2)
-        GPT2LMHeadModel(shape).save_pretrained(folder / f"model-{seed}")
-        tokenizer.save_pretrained(folder / f"model-{seed}")
-        return folder / f"model-{seed}"
-
-    return folder / "poems.txt", held, model
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=2)
+    GPT2LMHeadModel(shape).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    run = fastpoem.fit(
+        data=str(folder / "before.txt"), model=str(folder / "model"), out=str(folder / "before"), lr=2e-3, batching="pack",
+        schedule="cosine", val_poems=0, device="cpu",
+    )  # fmt: skip
+    return folder / "poems.txt", held, run.model
 
 
 @torch.no_grad()
@@ -60,29 +61,27 @@ def loss_on_real_tokens(model, tokenizer, lines):
 
 
 def test_bucketed_batches_learn_as_the_notebook_does(task, tmp_path):
-    text, held, folder_of = task
+    text, held, folder = task
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    before = loss_on_real_tokens(GPT2LMHeadModel.from_pretrained(folder), tokenizer, held)
     theirs, ours = [], []
     for seed in range(3):
-        folder = folder_of(seed)
-        tokenizer = BertTokenizer.from_pretrained(folder)
         model = notebook.load_model(folder, from_scratch=False, dropout=None, seed=seed)
         torch.manual_seed(seed)
-        list(notebook.train(model, tokenizer, notebook.Poems(text), lr=5e-4))
+        list(notebook.train(model, tokenizer, notebook.Poems(text), lr=1e-4))
         theirs.append(loss_on_real_tokens(model, tokenizer, held))
         run = fastpoem.fit(
             data=str(text),
             model=str(folder),
             out=str(tmp_path / f"run-{seed}"),
-            lr=5e-4,
+            lr=1e-4,
             seed=seed,
             val_poems=0,
             device="cpu",
         )
-        assert run.metrics[-1]["step"] == 2400 // 16  # as many poems
+        assert run.metrics[-1]["step"] == 1200 // 16  # as many poems
         ours.append(loss_on_real_tokens(GPT2LMHeadModel.from_pretrained(run.model), tokenizer, held))
+    print(f"validation loss before {before}, after: notebook {theirs}, bucketed {ours}")
     spread = max(statistics.stdev(theirs), statistics.stdev(ours))
-    print(f"validation loss over three seeds: notebook {theirs}, bucketed {ours}")
-    assert statistics.mean(ours) < statistics.mean(theirs) + 2 * spread / math.sqrt(3)
-    assert (
-        statistics.mean(ours) < 7.5
-    )  # they did learn: an untrained model has the logarithm of its vocabulary, above 8
+    assert statistics.mean(ours) < statistics.mean(theirs) + spread
+    assert max(ours) < before < 6.5  # there was something to lose, and more was learned
