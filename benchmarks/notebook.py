@@ -14,7 +14,7 @@ import argparse
 import json
 import lzma
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_model(folder: Path, *, from_scratch: bool, dropout: float | None, seed:
 def train(
     model: GPT2LMHeadModel,
     tokenizer: BertTokenizer,
-    poems: Poems,
+    poems: Sequence[str],
     *,
     device: str = "cpu",
     epochs: int = 1,
