@@ -95,6 +95,8 @@ def main() -> None:
     parser.add_argument("--from-scratch", action="store_true")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-5)
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--log-every", type=int, default=100)
     parser.add_argument("--dropout", type=float)
@@ -111,11 +113,13 @@ def main() -> None:
         Poems(args.data),
         device=args.device,
         epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=args.lr,
         shuffle=not args.no_shuffle,
         max_steps=args.max_steps,
         log_every=args.log_every,
     ):
-        row["poems_per_s"] = row["step"] * 16 / (time.perf_counter() - begin)
+        row["poems_per_s"] = row["step"] * args.batch_size / (time.perf_counter() - begin)
         print(json.dumps(row), flush=True)
 
 

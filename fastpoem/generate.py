@@ -39,7 +39,13 @@ class GenerateConfig:
         rules = (
             ("count", 1 <= self.count <= 10_000, "use 1 to 10000"),
             ("max_length", self.max_length >= 3, "use 3 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "use 0 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature < float("inf"),
+                "use 0, or 0.001 and more",
+            ),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "use 0 to 9223372036854775807"),
+            ("prompt", self.prompt.isprintable(), "use characters of UTF-8 on one line"),
             ("top_k", self.top_k >= 0, "use 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "use more than 0, at most 1"),
         )
@@ -53,10 +59,18 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     """`count` poems that begin with `prompt`. options: the other fields of GenerateConfig. Raises InputError."""
     config = GenerateConfig(model=str(model), prompt=prompt, **options).check()  # type: ignore[arg-type]
 
+    from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.engine.precision import choose_device
-    from fastpoem.model.hub import resolve_folder
+    from fastpoem.model import hub
+    from fastpoem.model.gpt2 import GPT2
 
-    folder = resolve_folder(config.model)
+    folder = hub.resolve_folder(config.model)
+    shape, _ = hub.read_config(folder)
+    hub.load_weights(GPT2(shape), folder)  # transformers would make up what is missing, and not say so
+    if PoemTokenizer.load(folder).vocab_size > shape.vocab_size:
+        raise InputError(
+            folder, "its tokenizer has more ids than its embedding", "name the model folder of a finished run"
+        )
     device = choose_device(config.device)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -61,7 +61,7 @@ TEXTS = {  # name, content -> what the line says
     ("object.json", b'{"a": 1}'): "line 1: is not a JSON list",
     ("cut.txt.gz", gzip.compress(POEM.encode() * 99)[:-20]): "cut.txt.gz: cannot be read",
     ("plain.txt.xz", POEM.encode()): "plain.txt.xz: cannot be read",
-    ("few.txt", f"{POEM}\n{POEM}\n".encode()): "2 poems: fewer than a batch of 4; lower --batch-size",
+    ("few.txt", f"{POEM}\n{POEM}\n".encode()): "2 poems, fewer than a batch of 4; lower --batch-size",
     ("many.txt", b"\n" * 5_000_000): "holds no poem",
 }  # fmt: skip
 

@@ -156,6 +156,9 @@ SHORT = dict(epochs=1, save_every=4, keep=1)  # checkpoints at 4, 8, 12, 14
 
 
 def operations(base, server, tmp_path) -> int:
+    assert (
+        server.run(settings(base, out=str(tmp_path / "first"), **SHORT)) == 0
+    )  # which tokenizes, and no later one does
     assert server.run(settings(base, out=str(tmp_path / "counted"), **SHORT), {"count": str(tmp_path / "count")}) == 0
     return int((tmp_path / "count").read_text())
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import fastpoem
+from fastpoem.corpus.store import prepare_store
+from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import Totals
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
@@ -434,3 +437,44 @@ def test_losses_are_watched_where_they_are_read_seldom():
                 found += watch.look(step)
     assert spikes[0] == spikes[1] and [spike.step for spike in spikes[0]] == [78, 201]
     assert 400 % NOTED  # the last of them are still unread
+
+
+def test_what_was_passed_over_does_not_push_out_what_comes_after(base, tmp_path):
+    """A damaged newest checkpoint, `--keep 1`: the run goes on from the one before, and what it writes then stays."""
+    run = tmp_path / "run"
+    fastpoem.fit(**settings(base, out=str(run), save_every=5, max_steps=20, keep=4))
+    newest = max((run / "checkpoints").iterdir())
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    fastpoem.fit(**settings(base, out=str(run), save_every=1, max_steps=17, keep=1, resume=True))
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names[-1] == "step-00000017" and newest.name not in names
+
+
+def test_a_folder_that_is_no_run_is_left_alone(base, tmp_path):
+    shutil.copytree(base / "model", tmp_path / "model")
+    before = (tmp_path / "model/config.json").read_bytes()
+    for out in (tmp_path / "model", tmp_path):
+        with pytest.raises(InputError, match="no run, and would be written over"):
+            fastpoem.fit(**settings(base, out=str(out)))
+    assert (tmp_path / "model/config.json").read_bytes() == before and not (tmp_path / ".lock").exists()
+
+
+def test_a_lock_that_is_a_link_is_refused(base, tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run")))
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("changes, says", [(dict(max_length=20), "prepared with 64"), (dict(convert="t2s"), "prepared with none"),
+                                           (dict(sample="春" * 70), "--sample")], ids=repr)  # fmt: skip
+def test_settings_that_a_ready_store_cannot_follow_are_refused(base, tmp_path, changes, says):
+    prepare_store(base / "poems.txt", PoemTokenizer.load(base / "model"), tmp_path / "store", max_length=64)
+    with pytest.raises(InputError, match=says):
+        fastpoem.fit(**settings(base, data=str(tmp_path / "store"), out=str(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()

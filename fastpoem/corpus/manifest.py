@@ -49,7 +49,7 @@ def file_hash(path: Path) -> str:
 
 def sealed(manifest: dict[str, Any]) -> bytes:
     """The manifest as written: JSON with a checksum of everything else in it."""
-    return json.dumps(manifest | {"checksum": _checksum(manifest)}, ensure_ascii=False, indent=1).encode()
+    return json.dumps(manifest | {"checksum": _checksum(manifest)}, indent=1).encode()
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

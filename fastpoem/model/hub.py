@@ -189,7 +189,7 @@ def save_folder(
 
 def companions(config: Mapping[str, Any], tokenizer_files: Iterable[Path]) -> dict[str, bytes]:
     """What a model folder holds beside its weights, by name."""
-    card = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    card = json.dumps(config, indent=2) + "\n"
     return {path.name: path.read_bytes() for path in tokenizer_files} | {"config.json": card.encode()}
 
 

@@ -63,13 +63,13 @@ def write(
         files |= {name: disk.write_tensors(made / name, group) for name, group in tensors.items()}
         content = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
         content["checksum"] = _checksum(content)
-        disk.write_bytes(made / STATE, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        disk.write_bytes(made / STATE, json.dumps(content, indent=1).encode())
         disk.put(made, goal)
     except BaseException:
         with suppress(OSError):
             disk.recover(made, goal)
         raise
-    _drop_old(run, keep)
+    _drop_old(run, step, keep)
     return goal
 
 
@@ -169,14 +169,16 @@ def _load(path: Path, into: Tensors) -> None:
                     tensors[name].copy_(stream.get_tensor(name))
 
 
-def _drop_old(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` and the best, each by a rename first: whatever is in checkpoints/ is complete."""
-    found = listed(run)
-    if len(found) <= keep:
-        return
+def _drop_old(run: Path, written: int, keep: int) -> None:
+    """Remove all but the newest `keep` and the best, each by a rename first: whatever is in checkpoints/ is complete.
+
+    Those of later steps than the one just written were passed over when the run went on from an earlier one: they go too.
+    """
+    found = [(step, path) for step, path in listed(run) if step <= written]
+    later = [path for step, path in listed(run) if step > written]
     losses = {path: loss for _, path in found if (loss := _val_loss(path)) is not None}
     best = min(losses, key=losses.__getitem__, default=None)
-    for _, path in found[keep:]:
+    for path in [*later, *(path for _, path in found[keep:])]:
         if path != best:
             with suppress(OSError):
                 disk.discard(run / DROPPED)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -89,6 +90,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     _refuse_what_needs_a_gpu(config, device)
     if device.type == "cpu":
         keep_freed_memory()
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard", "TensorBoard is not installed", "pip install 'fastpoem[curves]'")
     out = folder.choose(config)
 
     source = Path(config.data).expanduser() if config.data is not None else hub.BUNDLED / "poems.txt"
@@ -106,9 +109,16 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {shape.vocab_size}"
         raise InputError(model_folder, reason, "use a tokenizer and a model that belong together")
 
+    if config.sample is not None:
+        _, lengths, _ = tokenizer.encode([config.sample], 65535)
+        if lengths[0] >= min(128, shape.n_positions):
+            raise InputError("--sample", f"{lengths[0]} tokens leave no room for a poem", "give its first characters")
     store = _open_store(config, source, tokenizer, shape, voice)
     held = held_out_rows(store.rows, config.val_poems, config.seed)
-    order = _order(config, store, held)
+    try:
+        order = _order(config, store, held)
+    except InputError as error:
+        raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     model = _model(config, shape, model_folder, goes_on=config.resume and bool(checkpoint.listed(out)))
     model.to(device)
     optimizer = FlatAdamW(
@@ -122,7 +132,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(raw_config, shape, special), tokenizer.files)
 
-    with folder.claim(out):
+    with folder.claim(out, fresh=not config.resume):
         identity = folder.identity(config, store, shape)
         compiled, compile_seconds = _compile(config, model, device)
         step = TrainStep(
@@ -195,7 +205,7 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
 def _refuse_what_needs_a_gpu(config: TrainConfig, device: torch.device) -> None:
     if config.graphs == "on":
         raise InputError("--graphs on", "this version does not capture CUDA graphs", "use --graphs auto")
-    if config.attention == "flash" and device.type != "cuda":
+    if config.attention == "flash":
         raise InputError(
             "--attention flash", f"the flash kernel runs on CUDA devices, not on {device}", "use --attention auto"
         )
@@ -214,6 +224,13 @@ def _open_store(
         store = TokenStore.open(source)
         if store.fingerprint != tokenizer.fingerprint:
             raise InputError(source, "was made with another tokenizer", "prepare the text again with this --model")
+        made = {"max_length": store.max_length, "convert": store.manifest["source"].get("convert") or "none"}
+        for name, wanted in (("max_length", config.max_length), ("convert", config.convert)):
+            if wanted not in (None, "none", made[name]):
+                flag = f"--{name.replace('_', '-')} {wanted}"
+                raise InputError(
+                    flag, f"the store was prepared with {made[name]}", "prepare the text again, or drop the flag"
+                )
         if store.buckets[-1].length > longest:
             reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
             raise InputError(source, reason, f"prepare the text again with --max-length {longest}")
@@ -221,7 +238,7 @@ def _open_store(
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
     if config.data is None and cache is None:  # not beside the package's own files
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastpoem"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem"
     begin = time.perf_counter()
     store = cached_store(
         source,

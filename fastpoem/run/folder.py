@@ -48,14 +48,17 @@ ANOTHER = "name another folder with --out"
 
 def choose(config: TrainConfig) -> Path:
     """The run's folder, not made yet. Raises InputError where a run stands that is not to be resumed, or nothing can be written."""
-    out = Path(config.out).expanduser() if config.out else Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    out = Path(config.out).expanduser() if config.out else _new_in(Path("runs"))
     if "\0" in str(out):
         raise InputError(repr(str(out)), "cannot be a folder: it holds a NUL", ANOTHER)
     try:
         if out.exists() and not out.is_dir():
             raise InputError(out, "is a file", "name a folder with --out")
-        if not config.resume and ((out / "metrics.jsonl").exists() or checkpoint.listed(out)):
-            raise InputError(out, "holds a run already", f"add --resume to continue it, or {ANOTHER}")
+        if not config.resume:
+            refuse_a_run(out)
+        foreign = [name for name in ("config.json", "model", "manifest.json") if (out / name).exists()]
+        if foreign and not _holds_a_run(out):
+            raise InputError(out, f"holds {foreign[0]} but no run, and would be written over", ANOTHER)
         above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     except OSError as error:  # too long, a parent that may not be searched
         raise InputError(out, f"cannot be a folder ({error.strerror})", ANOTHER) from None
@@ -66,8 +69,25 @@ def choose(config: TrainConfig) -> Path:
     return out
 
 
+def _new_in(runs: Path) -> Path:
+    """A folder named after the time, that is not there yet."""
+    name = time.strftime("%Y%m%d-%H%M%S")
+    names = (name, *(f"{name}-{number}" for number in range(2, 1000)))
+    return next((runs / one for one in names if not (runs / one).exists()), runs / name)
+
+
+def _holds_a_run(out: Path) -> bool:
+    return (out / "metrics.jsonl").exists() or bool(checkpoint.listed(out))
+
+
+def refuse_a_run(out: Path) -> None:
+    """Raises InputError where a run stands that a fresh one would write over."""
+    if _holds_a_run(out):
+        raise InputError(out, "holds a run already", f"add --resume to continue it, or {ANOTHER}")
+
+
 @contextlib.contextmanager
-def claim(out: Path) -> Iterator[None]:
+def claim(out: Path, *, fresh: bool) -> Iterator[None]:
     """Hold the run's folder for this process, clean of what a killed one left half-done. Raises InputError.
 
     The lock is the kernel's, so a process that dies leaves none behind.
@@ -75,7 +95,10 @@ def claim(out: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with refused_by_the_disk(out):
             out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((out / ".lock").open("a+"))
+            flags = (
+                os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            )  # a link would lead out of the folder
+            lock = stack.enter_context(os.fdopen(os.open(out / ".lock", flags, 0o644), "a+"))
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -83,6 +106,8 @@ def claim(out: Path) -> Iterator[None]:
                 by = lock.read(20).strip()
                 reason = "another run is writing there" + (f" (process {by})" if by.isdecimal() else "")
                 raise InputError(out, reason, f"wait for it, or {ANOTHER}") from None
+            if fresh:
+                refuse_a_run(out)  # one that began and ended since `choose` looked
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")
             lock.flush()
@@ -167,5 +192,5 @@ def write_config(
     }
     made = out / ".config.json.partial"
     made.unlink(missing_ok=True)
-    disk.write_bytes(made, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    disk.write_bytes(made, (json.dumps(content, indent=2) + "\n").encode())
     os.replace(made, out / "config.json")
