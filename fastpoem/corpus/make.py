@@ -36,6 +36,7 @@ from fastpoem.corpus.manifest import (
 )
 from fastpoem.corpus.read import Block, read_blocks, source_files
 from fastpoem.corpus.tokenize import EncodeStats, PoemTokenizer
+from fastpoem.disk import discard, flush_folder
 from fastpoem.errors import InputError
 
 CHUNK_TOKENS = 1 << 20  # of the spill, at a time
@@ -65,7 +66,7 @@ def make_store(
         with open(folder / MANIFEST, "wb") as stream:
             stream.write(sealed(manifest))
             _flush(stream)
-        _flush_folder(folder)
+        flush_folder(folder)
         _publish(folder, out.resolve())
 
 
@@ -288,7 +289,7 @@ def _making(out: Path) -> Iterator[Path]:
             try:
                 yield folder
             finally:
-                _discard(folder)
+                discard(folder)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
         raise InputError(out, reason, "free some space, mend the permissions or choose another --out") from None
@@ -320,27 +321,15 @@ def _publish(folder: Path, goal: Path) -> None:
                 raise
             continue  # another run has just put its own there
         finally:
-            _discard(old)
+            discard(old)
         break
-    _flush_folder(goal.parent)
+    flush_folder(goal.parent)
     (goal / LOCK).unlink(missing_ok=True)
-
-
-def _discard(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(stream: IO[bytes]) -> None:
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def writable(folder: Path) -> bool:

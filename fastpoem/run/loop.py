@@ -29,10 +29,7 @@ from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
 from fastpoem.run.signals import StopRequest
 from fastpoem.run.watch import Spike, Watch
 
-PATIENCE, RETRY_SECONDS = (
-    60,
-    10.0,
-)  # how often the last checkpoint of a finished run is tried again where the disk refuses it
+PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 FLATS = ("master", "exp_avg", "exp_avg_sq")
 
 
