@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from fastpoem_kernels import plain
 from fastpoem_kernels.check import Record
 
-from fastpoem.corpus.feed import Batch
+from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.engine import kernels
+from fastpoem.engine.compile import compiled_pieces
 from fastpoem.engine.kernels import OURS, Kernels, choose_kernels
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.step import TrainStep
+from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
 SHAPE = GPT2Config(101, 24, 16, 2, 2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
@@ -24,17 +25,27 @@ def batches(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         ids = torch.randint(1, 101, (4, 13), generator=generator)
-        targets = ids[:, 1:].clone()
-        targets[0, 5:] = -100
-        yield Batch(ids[:, :-1].contiguous(), targets, None, 4, int((targets != -100).sum()))
+        where = torch.tensor([[0, 6], [13, 13], [26, 13], [39, 13]])
+        yield Rows(ids.short().flatten(), where, Shape(4, 13), 41)
 
 
-def make(chosen=OURS, dtype=torch.float32, max_norm=0.5, pad_id=None):
+def unrolled(rows, padding=-100):
+    """inputs (B, T) and targets (B * T,) of a batch, by hand."""
+    ids = rows.source.long().view(4, 13)
+    targets = ids[:, 1:].clone()
+    targets[0, 5:] = padding
+    ids[0, 6:] = 0
+    return ids[:, :-1], targets.flatten()
+
+
+def make(chosen=OURS, dtype=torch.float32, max_norm=0.5, pad_targets=False):
     model = GPT2(SHAPE)
     model.initialise(0)
     model.train()
     optimizer = FlatAdamW(model, CPU, dtype, weight_decay=0.01, max_norm=max_norm, kernels=chosen)
-    return model, TrainStep(model, optimizer, pad_id=pad_id)
+    return model, TrainStep(
+        Pieces(model), optimizer, torch.zeros(52, dtype=torch.int16), poems=4, pad_id=0, pad_targets=pad_targets
+    )
 
 
 @pytest.mark.parametrize("chosen", [OURS, Kernels(plain.cross_entropy, plain.clipped_adamw_)])
@@ -48,19 +59,21 @@ def test_a_hundred_steps_are_those_of_the_plain_loop(chosen):
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3)
     for number, batch in enumerate(batches(100)):
         lr = 1e-3 * (1 + number % 3)
-        result = step(batch, lr)
+        step(batch, lr)
+        result = step.result()
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
-        logits = reference(batch.inputs)
-        loss = F.cross_entropy(logits, batch.targets.flatten())
+        inputs, targets = unrolled(batch)
+        logits = reference(inputs)
+        loss = F.cross_entropy(logits, targets)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         optimizer.step()
-        assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
-        assert result.norm.item() == pytest.approx(norm.item(), rel=1e-4)
-        real = batch.targets.flatten() != -100
-        assert int(result.counted) == int(real.sum()) == batch.tokens
-        assert int(result.correct) == int((logits.argmax(1) == batch.targets.flatten())[real].sum())
+        assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert result.norm == pytest.approx(norm.item(), rel=1e-4)
+        real = targets != -100
+        assert result.counted == int(real.sum()) == batch.tokens
+        assert result.correct == int((logits.argmax(1) == targets)[real].sum())
     for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
         # A key's bias has no gradient but rounding, which Adam makes as large as any: hence no tighter.
         assert (a - b).abs().max() < 1e-3 * b.abs().max() + 1e-6, name
@@ -79,29 +92,30 @@ def test_a_step_that_is_not_finite_changes_nothing(chosen, dtype):
     good = optimizer.working[3].clone()
     for failures in (1, 2):
         optimizer.working[3] = math.nan
-        result = step(next(stream), 1e-3)
+        step(next(stream), 1e-3)
         optimizer.working[3] = good
         if optimizer.working is optimizer.master:
             before[0][3] = good
-        assert bool(result.skipped) and int(step.failed_in_a_row) == failures
+        assert step.result().skipped and int(step.account.failed_in_a_row) == failures
         for flat, old in zip(
             (optimizer.master, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.applied), before, strict=True
         ):
             assert torch.equal(flat, old)
     totals = step.totals()
     assert totals.skipped == 2 and math.isfinite(totals.loss)
-    assert not bool(step(next(stream), 1e-3).skipped)
-    assert (int(step.failed_in_a_row), int(step.most_failed)) == (0, 2)
+    step(next(stream), 1e-3)
+    assert not step.result().skipped
+    assert (int(step.account.failed_in_a_row), int(step.account.most_failed)) == (0, 2)
 
 
 def test_padding_counts_in_the_loss_but_not_in_the_accuracy():
     batch = next(batches(1))
-    padded = batch._replace(targets=batch.targets.masked_fill(batch.targets == -100, 0))
-    model, step = make(pad_id=0)
-    logits = model(padded.inputs).detach()
-    result = step(padded, 0.0)
-    assert result.loss.item() == pytest.approx(F.cross_entropy(logits, padded.targets.flatten()).item(), rel=1e-6)
-    assert int(result.counted) == batch.tokens < batch.targets.numel()
+    inputs, targets = unrolled(batch, padding=0)
+    model, step = make(pad_targets=True)
+    logits = model(inputs).detach()
+    step(batch, 0.0)
+    assert step.result().loss == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-6)
+    assert step.result().counted == batch.tokens < targets.numel()
 
 
 def test_a_kernel_that_fails_its_check_is_not_used(monkeypatch):
@@ -122,14 +136,11 @@ def test_a_kernel_that_fails_its_check_is_not_used(monkeypatch):
 def test_compiled_gradients_reach_the_flat_buffer():
     """A model whose backward pass is torch.compile's (here AOTAutograd's, eager) trains as the eager one does."""
     _, eager = make()
-    model, other = make()
-    compiled = TrainStep(
-        torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True),
-        other.optimizer,
-        pad_id=None,
-        compiled=True,
-    )
+    model, step = make()
+    step.pieces = compiled_pieces(model, backend="aot_eager")
     for batch in batches(5):
-        a, b = eager(batch, 1e-3), compiled(batch, 1e-3)
-        assert a.loss.item() == pytest.approx(b.loss.item(), rel=1e-5)
-        assert a.norm.item() == pytest.approx(b.norm.item(), rel=1e-4)
+        eager(batch, 1e-3)
+        step(batch, 1e-3)
+        a, b = eager.result(), step.result()
+        assert a.loss == pytest.approx(b.loss, rel=1e-5)
+        assert a.norm == pytest.approx(b.norm, rel=1e-4)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from fastpoem_kernels import clipped_adamw_
+from fastpoem_kernels import clipped_adamw_, plain
 from fastpoem_kernels.dispatch import INTERPRETED
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -124,6 +124,18 @@ def test_a_loss_that_is_not_finite_changes_nothing(bad):
     _, skipped = flat.take(flat.gradient(), loss=torch.tensor(2.5))
     assert not skipped
     assert flat.step == 1
+
+
+@pytest.mark.parametrize("plain_form", [False, True])
+def test_a_rate_that_is_not_finite_changes_nothing(plain_form):
+    flat = Flat(100)
+    flat.take(flat.gradient())
+    tensors = (flat.param, flat.m, flat.v, flat.step)
+    before = [t.clone() for t in tensors]
+    update = plain.clipped_adamw_ if plain_form else clipped_adamw_
+    nan = torch.tensor(math.nan)
+    _, skipped = update(flat.param, flat.gradient(), flat.m, flat.v, step=flat.step, lr=nan, max_norm=torch.tensor(1.0))
+    assert skipped and all(map(torch.equal, before, tensors))
 
 
 def test_no_gradient_at_all_only_decays():

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel, TextGenerationPipeline
 
+from fastpoem.corpus.feed import Shape
+from fastpoem.engine.batch import assemble
 from fastpoem.errors import InputError
 from fastpoem.model import hub, ops
-from fastpoem.model.attention import Packing, pack_index
 from fastpoem.model.gpt2 import GPT2
 
 
@@ -69,13 +70,20 @@ def test_weights_drawn_from_a_seed_are_distributed_as_transformers_draws_them():
     assert not torch.equal(model.state_dict()[wte], other.state_dict()[wte])
 
 
+def packing_of(lengths):
+    """For poems of so many inputs."""
+    where = torch.tensor([[0, length + 1] for length in lengths])
+    shape = Shape(len(lengths), max(lengths) + 1, sum(lengths))
+    return assemble(torch.zeros(max(lengths) + 1, dtype=torch.int16), where, shape, 0).packing
+
+
 @settings(deadline=None, max_examples=20)
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=st.integers(0, 100))
 def test_packed_poems_are_computed_as_if_alone(small_model, lengths, seed):
     model = ours(small_model)
     torch.manual_seed(seed)
     poems = [torch.randint(5, model.config.vocab_size, (1, length)) for length in lengths]
-    packing = Packing(*pack_index(lengths), len(lengths))
+    packing = packing_of(lengths)
     packed = model(torch.cat(poems, dim=1), packing)
     alone = torch.cat([model(poem) for poem in poems])
     assert relative(packed, alone) < 1e-5
@@ -161,7 +169,7 @@ def test_gradients_written_in_place_are_autograds(small_model):
     from fastpoem.engine.optim import FlatAdamW
 
     ids = torch.randint(5, 100, (3, 20), generator=torch.Generator().manual_seed(0))
-    packing = Packing(*pack_index([12, 1, 47]), 3)
+    packing = packing_of([12, 1, 47])
     for call in (lambda model: model(ids), lambda model: model(ids.view(1, -1), packing)):
         plain, written = ours(small_model), ours(small_model)
         flat = FlatAdamW(written, torch.device("cpu"), torch.float32, weight_decay=0.0, max_norm=1.0)

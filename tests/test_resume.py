@@ -1,5 +1,6 @@
 """A run that was interrupted and resumed is the run that was not: every row, every weight, wherever it was cut."""
 
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 import fastpoem
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.engine.step import Totals
+from fastpoem.engine.step import Totals, TrainStep
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import loop as loop_module
@@ -328,13 +329,13 @@ def logits_of_nan(monkeypatch, steps):
     one_step = Loop.one_step
 
     def poisoned(self):
-        model = self.step.model
+        pieces = self.step.pieces
         if self.done + 1 in steps:
-            self.step.model = lambda *given: model(*given) * float("nan")
+            self.step.pieces = pieces._replace(model=lambda *given: pieces.model(*given) * float("nan"))
         try:
             one_step(self)
         finally:
-            self.step.model = model
+            self.step.pieces = pieces
 
     monkeypatch.setattr(Loop, "one_step", poisoned)
 
@@ -406,17 +407,20 @@ def test_a_run_that_ends_with_weights_that_are_not_finite_has_diverged(base, tmp
 def test_a_spike_is_reported_and_not_acted_on(base, untouched, tmp_path, monkeypatch, capsys):
     losses = torch.full((40,), 3.0) + torch.linspace(0, 0.1, 40)
     losses[34] = 9.0
-    note = loop_module.Watch.note
-    monkeypatch.setattr(
-        loop_module.Watch, "note", lambda self, loss: note(self, losses[fed.append(0) or (len(fed) - 1) % 40])
-    )
-    fed: list[int] = []
+    fed = itertools.count()
+    one_step = TrainStep.__call__
+
+    def fake(self, rows, lr):
+        one_step(self, rows, lr)
+        self.account.losses[-1] = losses[next(fed) % 40]
+
+    monkeypatch.setattr(TrainStep, "__call__", fake)
     run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), log_every=10))
     assert "step 35: loss 9.0000 is" in capsys.readouterr().out
     found = [row for row in run.metrics if "spike_step" in row]
     assert [(row["step"], row["spike_step"]) for row in found] == [(40, 35)] and found[0]["spike_z"] > 100
     assert (run.model / "model.safetensors").read_bytes() == (untouched() / "model/model.safetensors").read_bytes()
-    fed.clear()
+    fed = itertools.count()
     told_at(monkeypatch, 36)
     for number in range(2):
         cut = fastpoem.fit(**settings(base, out=str(tmp_path / "cut"), log_every=10, resume=number > 0))
@@ -424,15 +428,18 @@ def test_a_spike_is_reported_and_not_acted_on(base, untouched, tmp_path, monkeyp
 
 
 def test_losses_are_watched_where_they_are_read_seldom():
-    from fastpoem.run.watch import NOTED, Watch
+    from fastpoem.engine.step import NOTED
+    from fastpoem.run.watch import Watch
 
-    often, seldom = Watch(torch.device("cpu")), Watch(torch.device("cpu"))
+    noted = torch.zeros(NOTED)
+    often, seldom = Watch(noted), Watch(noted)
     losses = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 5
     losses[[77, 200, 333]] = torch.tensor([50.0, 60.0, float("nan")])
     spikes = ([], [])
     for step, loss in enumerate(losses, 1):
+        noted.copy_(torch.cat([noted[1:], loss[None]]))
         for watch, found in zip((often, seldom), spikes, strict=True):
-            watch.note(loss)
+            watch.count += 1
             if watch is often or watch.is_full:
                 found += watch.look(step)
     assert spikes[0] == spikes[1] and [spike.step for spike in spikes[0]] == [78, 201]

@@ -1,14 +1,13 @@
-"""Batches as tensors: the rows a step asks for, gathered from the store's memory maps.
+"""The poems of a step as the host sends them: their ids in the store's own two bytes, and where each begins.
 
-The last token of a poem is never an input and the first never a target, so a batch of poems of length L is (B, L - 1): Hugging Face
-computes L positions and throws the last one's logits away. Padding is a target only where `pad_targets` says so; otherwise its target is
-IGNORE, known from the poems' real lengths and not from the pad id, which a text may spell.
+That is 2 KB for 16 poems, however they are batched; everything else (widening, shifting, masking, packing) is tensor arithmetic that
+`fastpoem.engine.batch` does on the device. A corpus that fits stays there whole, and a step then sends only the places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,64 +16,73 @@ from torch import Tensor
 
 from fastpoem.corpus.plan import Step
 from fastpoem.corpus.store import TokenStore
-from fastpoem.model.attention import Packing, pack_index
 
-IGNORE = -100
+SLOT, SLOT_LONGEST = (
+    64,
+    64,
+)  # what the sizes of packed batches are rounded up to, where equal sizes are worth some padding
 
 
-class Batch(NamedTuple):
-    """inputs, targets: (B, T) int64, or (1, N) where `packing` tells the poems apart. tokens: targets that are no padding."""
+class Shape(NamedTuple):
+    """What the sizes of a batch's tensors depend on: batches of one shape share buffers and graphs."""
 
-    inputs: Tensor
-    targets: Tensor
-    packing: Packing | None
-    poems: int
+    poems: int  # B
+    longest: int  # tokens of a poem, both ends counted, at most: L
+    packed: int = 0  # N where the poems lie end to end in one row of N inputs; 0 where each has a row of L - 1
+
+
+class Rows(NamedTuple):
+    """`source` (n,) int16 or int32 holds ids without sign (None: the resident corpus); `where` (B, 2) int64 the place there and the
+    length of each poem. `tokens`: the targets, one less than its length a poem."""
+
+    source: Tensor | None
+    where: Tensor
+    shape: Shape
     tokens: int
 
-    def to(self, device: torch.device) -> Batch:
-        packing = self.packing and self.packing._replace(
-            positions=self.packing.positions.to(device),
-            unfold=self.packing.unfold.to(device),
-            fold=self.packing.fold.to(device),
-        )
-        return self._replace(inputs=self.inputs.to(device), targets=self.targets.to(device), packing=packing)
 
-
-@dataclass(frozen=True)
+@dataclass
 class Feed:
-    """Turns the poems of a step into a batch. batching: "bucket" pads to the bucket's edge, "pad" to the longest poem, "pack" not at all."""
+    """Turns the poems of a step into rows. batching: "bucket" pads to the bucket's edge, "pad" to the longest poem, "pack" not at all,
+    or with `rounded` up to few different sizes."""
 
     store: TokenStore
     batching: str
-    pad_targets: bool = False
+    rounded: bool = False
+    _starts: np.ndarray | None = field(default=None, repr=False)  # of each bucket in the resident corpus
 
-    def __call__(self, step: Step) -> Batch:
+    def corpus(self) -> Tensor:
+        """The whole corpus as one `source`, (n,) int16 or int32. From here on steps send places in it and no ids."""
+        buckets = [self._signed(bucket.tokens).ravel() for bucket in self.store.buckets]
+        sizes = [0, *(part.size for part in buckets)]
+        self._starts = np.cumsum(sizes[:-1])
+        return torch.from_numpy(np.concatenate(buckets))
+
+    def _signed(self, ids: np.ndarray) -> np.ndarray:
+        return ids.view(f"<i{self.store.dtype.itemsize}")
+
+    def __call__(self, step: Step) -> Rows:
         store, poems = self.store, len(step.bucket)
-        lengths = np.empty(poems, np.int64)  # (B,)
-        ids = np.full((poems, step.length), store.pad_id, np.int64)  # (B, L)
+        where = np.empty((poems, 2), np.int64)
+        where[:, 0] = np.arange(poems) * step.length
+        ids = np.zeros((poems, step.length), store.dtype) if self._starts is None else None
         for bucket in set(step.bucket.tolist()):
             here = np.flatnonzero(step.bucket == bucket)
             source, rows = store.buckets[bucket], step.index[here]
-            lengths[here] = source.lengths[rows]
-            ids[here, : source.length] = source.tokens[rows]
-        longest = step.length if self.batching == "bucket" else int(lengths.max())
-        real = np.arange(1, longest) < lengths[:, None]  # (B, T): is the target real
-        inputs, targets = ids[:, : longest - 1], ids[:, 1:longest]  # (B, T)
-        tokens = int(real.sum())
+            where[here, 1] = source.lengths[rows]
+            if ids is not None:
+                ids[here, : source.length] = source.tokens[rows]
+            elif self._starts is not None:
+                where[here, 0] = self._starts[bucket] + rows * source.length
+        longest, tokens = int(where[:, 1].max()), int(where[:, 1].sum()) - poems
+        shape = Shape(poems, step.length if self.batching == "bucket" else longest)
         if self.batching == "pack":
-            positions, unfold, fold = pack_index((lengths - 1).tolist())
-            packing = Packing(positions, unfold, fold, poems)
-            inputs, targets = inputs[real][None], targets[real][None]  # (1, N)
-            return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), packing, poems, tokens)
-        if not self.pad_targets:
-            targets = np.where(real, targets, IGNORE)
-        return Batch(
-            torch.from_numpy(np.ascontiguousarray(inputs)),
-            torch.from_numpy(np.ascontiguousarray(targets)),
-            None,
-            poems,
-            tokens,
-        )
+            shape = Shape(poems, longest, tokens)
+            if self.rounded:
+                power = max(SLOT_LONGEST, 1 << (longest - 2).bit_length()) + 1
+                shape = Shape(poems, power, -(-tokens // SLOT) * SLOT)
+        sent = None if ids is None else torch.from_numpy(self._signed(ids).ravel())
+        return Rows(sent, torch.from_numpy(where), shape, tokens)
 
 
 def validation_steps(store: TokenStore, rows: np.ndarray, batch: int) -> Iterator[Step]:

@@ -129,6 +129,15 @@ class BucketOrder:
             carry = self._pool(bucket, np.arange(pool - pool % batch, pool))
         self._epoch = epoch
 
+    def lengths_used(self) -> list[int]:
+        """The bucket edges that have batches of their own, the same in every epoch."""
+        self._start(0)
+        return [
+            length
+            for length, one, next_ in zip(self.lengths, self._first_step, self._first_step[1:], strict=False)
+            if next_ > one
+        ]
+
     def _pool(self, bucket: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(bucket, row) at `positions` of a bucket's permuted pool, which is its own rows and then those carried into it."""
         own, (carried_bucket, carried_row) = self.rows[bucket], self._carried[bucket]

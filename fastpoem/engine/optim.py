@@ -50,11 +50,13 @@ class FlatAdamW:
                 parameter.main_grad = self.view(self.grad, name)  # where fastpoem.model.ops writes
             self.working.copy_(self.master)
 
-    def let_autograd_accumulate(self) -> None:
-        """Give autograd zeroed views of `grad` to add to: for a model that does not write `main_grad` itself (fastpoem.model.ops)."""
-        self.grad.zero_()
-        for parameter in self.module.parameters():
-            parameter.grad = parameter.main_grad
+    def collect(self) -> None:
+        """Move the gradients that autograd left in `.grad` into `grad`: for a model that does not write `main_grad` itself
+        (fastpoem.model.ops). A few launches, where letting autograd add to `main_grad` takes one a parameter."""
+        parameters = list(self.module.parameters())
+        torch._foreach_copy_([p.main_grad for p in parameters], [p.grad for p in parameters])
+        for parameter in parameters:
+            parameter.grad = None
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """A parameter's part of one of the flat buffers, in its own shape."""

@@ -25,6 +25,9 @@ def choose_device(wanted: str) -> torch.device:
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """(dtype, the reason in a few words). Raises InputError for bf16 on a GPU without it."""
+    # What is called fp32 is fp32: no TF32 products, and no 16-bit partial sums in bf16 ones.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if wanted == "fp32":
         return torch.float32, "asked for"
     if device.type == "cpu":

@@ -1,34 +1,53 @@
-"""The training step: one function of tensors, the same on every device, with no host synchronisation in it.
+"""The training step: one function from static tensors to static tensors, the same on every device, with no host synchronisation in it.
 
-Forward, loss with its gradient, backward, gradient norm, clip, AdamW; what happened is added up in device tensors that the loop reads
-only when it has something to say.
+Batch, forward, loss with its gradient, backward, gradient norm, clip, AdamW, and the account of what happened, which the loop reads only
+when it has something to say. The host's part is `send`: one small message with the poems' places and the learning rate. Because `work`
+reads and writes the same memory every time, it can be captured once a shape and replayed (`fastpoem.engine.graphs`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpoem.corpus.feed import IGNORE, Batch
+from fastpoem.corpus.feed import Rows, Shape
+from fastpoem.engine.batch import IGNORE, assemble
 from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.model.attention import Packing
 
-Model = Callable[[Tensor, Packing | None], Tensor]
 GIVE_UP = 5  # steps in a row whose loss or gradient is not finite
+NOTED = 64  # losses kept on the device before somebody must look
+
+
+class Account(NamedTuple):
+    """What happened, on the device. Written by `account`."""
+
+    last: Tensor  # (5,) float64: the last step's, as in StepResult
+    sums: Tensor  # (5,) float64, as in Totals
+    losses: Tensor  # (NOTED,) float32: of the last steps, the newest at the end
+    failed_in_a_row: Tensor  # 0-D int64
+    most_failed: Tensor  # 0-D int64: in a row, since the start
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Account:
+        last, sums = (torch.zeros(5, dtype=torch.float64, device=device) for _ in range(2))
+        in_a_row, most = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        return cls(last, sums, torch.zeros(NOTED, device=device), in_a_row, most)
 
 
 class StepResult(NamedTuple):
-    """What one step did, in 0-D device tensors: loss and norm (before clipping) float32, counts int64, skipped bool."""
+    """What one step did: mean loss over valid targets, gradient norm before clipping, tokens right and counted, whether it was skipped."""
 
-    loss: Tensor
-    norm: Tensor
-    correct: Tensor
-    counted: Tensor
-    skipped: Tensor
+    loss: float
+    norm: float
+    correct: int
+    counted: int
+    skipped: bool
 
 
 class Totals(NamedTuple):
@@ -50,42 +69,128 @@ class Totals(NamedTuple):
         return self.correct / max(1, self.counted)
 
 
-class TrainStep:
-    """`step(batch, lr)` trains on one batch.
+def account(to: Account, loss: Tensor, norm: Tensor, skipped: Tensor, valid: Tensor, correct: Tensor, counted: Tensor):
+    """Add a step to the account. loss, norm 0-D float32; skipped 0-D bool; counts 0-D int64."""
+    to.last.copy_(torch.stack([x.double() for x in (loss, norm, correct, counted, skipped)]))
+    weighted = torch.where(skipped, 0.0, loss.double() * valid)
+    counts = torch.stack([valid, correct, counted]) * ~skipped
+    to.sums.add_(torch.cat([weighted[None], counts, skipped[None]]))
+    to.losses.copy_(torch.cat([to.losses[1:], loss[None]]))
+    to.failed_in_a_row.add_(1).mul_(skipped)
+    torch.maximum(to.most_failed, to.failed_in_a_row, out=to.most_failed)
 
-    pad_id: where padding is a target, the id that counts in the loss but not in the accuracy. compiled: the model's backward pass is
-    torch.compile's, not that of fastpoem.model.ops.
+
+class Pieces(NamedTuple):
+    """The parts of the step that torch.compile may have remade. autograd: `model`'s gradients come by autograd, not by fastpoem.model.ops."""
+
+    model: Callable[..., Tensor]
+    assemble: Callable[..., Any] = assemble
+    account: Callable[..., Any] = account
+    autograd: bool = False
+
+
+class TrainStep:
+    """`step(rows, lr)` trains on one batch of `poems` poems.
+
+    source: the resident corpus, or the buffer that a step's ids are sent to, on the device. pad_targets: padding counts in the loss, and
+    never in the accuracy.
     """
 
-    def __init__(self, model: Model, optimizer: FlatAdamW, *, pad_id: int | None, compiled: bool = False) -> None:
-        self.model, self.optimizer, self.pad_id, self.compiled = model, optimizer, pad_id, compiled
-        device = optimizer.master.device
-        self.sums = torch.zeros(5, dtype=torch.float64, device=device)  # as in Totals
-        self.failed_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
-        self.most_failed = torch.zeros((), dtype=torch.int64, device=device)  # in a row, since the start
+    def __init__(
+        self,
+        pieces: Pieces,
+        optimizer: FlatAdamW,
+        source: Tensor,
+        *,
+        poems: int,
+        pad_id: int,
+        pad_targets: bool = False,
+    ) -> None:
+        self.pieces, self.optimizer, self.source = pieces, optimizer, source
+        self.pad_id, self.pad_targets, self.device = pad_id, pad_targets, optimizer.master.device
+        # (B + 1, 2) int64: each poem's place and length, and in the last row the learning rate's bits as a float64
+        self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.device)
+        self.account = Account.empty(self.device)
+        self.launch: Callable[[Shape], None] = self.work
+        self.setup_seconds = 0.0  # of compiling and recording, which is not training
 
-    def __call__(self, batch: Batch, lr: float) -> StepResult:
-        self.optimizer.lr.fill_(lr)
-        if self.compiled:
-            self.optimizer.let_autograd_accumulate()
-        logits = self.model(batch.inputs, batch.packing)  # (B * T, V)
-        out = self.optimizer.kernels.cross_entropy(logits, batch.targets.flatten(), IGNORE, self.pad_id)
+    def __call__(self, rows: Rows, lr: float) -> None:
+        self.send(rows, lr)
+        self.launch(rows.shape)
+
+    def send(self, rows: Rows, lr: float) -> None:
+        """Copy a step's poems and its learning rate into the static tensors. Raises ValueError for what does not fit them."""
+        where, source = rows.where, rows.source
+        if (*where.shape, where.dtype) != (len(self.message) - 1, 2, torch.int64):
+            raise ValueError(f"poems {[*where.shape]} {where.dtype} do not fit the step's {len(self.message) - 1}")
+        message = torch.empty(self.message.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        message[:-1] = where
+        message.view(torch.float64)[-1] = lr
+        self.message.copy_(message, non_blocking=True)
+        if source is not None:
+            if source.dtype != self.source.dtype or len(source) > len(self.source):
+                raise ValueError(
+                    f"{len(source)} ids of {source.dtype} do not fit {len(self.source)} of {self.source.dtype}"
+                )
+            source = source.pin_memory() if self.device.type == "cuda" else source
+            self.source[: len(source)].copy_(source, non_blocking=True)
+
+    def work(self, shape: Shape) -> None:
+        """One step on what was sent, which is of this shape."""
+        optimizer, pieces = self.optimizer, self.pieces
+        optimizer.lr.copy_(self.message.view(torch.float64)[-1, 0])
+        batch = pieces.assemble(self.source, self.message[:-1], shape, self.pad_id, self.pad_targets)
+        logits = pieces.model(batch.inputs, batch.packing)  # (B * T, V)
+        uncounted = self.pad_id if self.pad_targets else None
+        out = optimizer.kernels.cross_entropy(logits, batch.targets.flatten(), IGNORE, uncounted)
         out.loss.backward()
+        if pieces.autograd:
+            optimizer.collect()
         loss = out.loss.detach()
-        norm, skipped = self.optimizer.step(loss)
-        weighted = torch.where(skipped, 0.0, loss.double() * out.valid)
-        counts = torch.stack([out.valid, out.correct, out.counted]) * ~skipped
-        self.sums += torch.cat([weighted[None], counts, skipped[None]])
-        self.failed_in_a_row.add_(1).mul_(skipped)
-        torch.maximum(self.most_failed, self.failed_in_a_row, out=self.most_failed)
-        return StepResult(loss, norm, out.correct, out.counted, skipped)
+        norm, skipped = optimizer.step(loss)
+        pieces.account(self.account, loss, norm, skipped, out.valid, out.correct, out.counted)
+
+    @contextlib.contextmanager
+    def rehearsal(self, shape: Shape) -> Iterator[None]:
+        """Inside, `work(shape)` does all it ever does and nothing is learned: the learning rate is NaN, at which the update skips the
+        step, and account, message and random state are put back."""
+        put_back = [*self.account, self.message]
+        kept = [tensor.clone() for tensor in put_back]
+        state = rng_state(self.device)
+        total = shape.packed or shape.poems * (shape.longest - 1)
+        sizes = [max(0, min(shape.longest - 1, total - i * (shape.longest - 1))) for i in range(shape.poems)]
+        where = torch.tensor([[0, size + 1] for size in sizes])
+        self.send(Rows(None, where, shape, sum(sizes)), math.nan)
+        try:
+            yield
+        finally:
+            set_rng_state(state, self.device)
+            for tensor, old in zip(put_back, kept, strict=True):
+                tensor.copy_(old)
+
+    def result(self) -> StepResult:
+        """The last step's. Synchronises with the device."""
+        loss, norm, correct, counted, skipped = self.account.last.tolist()
+        return StepResult(loss, norm, int(correct), int(counted), bool(skipped))
 
     def totals(self) -> Totals:
         """The sums since `reset`. Synchronises with the device."""
-        return read_totals(self.sums)
+        return read_totals(self.account.sums)
 
     def reset(self) -> None:
-        self.sums.zero_()
+        self.account.sums.zero_()
+
+
+def rng_state(device: torch.device) -> Tensor:
+    """Of the generator that dropout draws from on `device`, as a CPU tensor."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def set_rng_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)
 
 
 def read_totals(sums: Tensor) -> Totals:
@@ -94,13 +199,16 @@ def read_totals(sums: Tensor) -> Totals:
 
 
 @torch.no_grad()
-def evaluate(model: torch.nn.Module, batches: Iterable[Batch], device: torch.device, kernels: Kernels = OURS) -> Totals:
+def evaluate(
+    model: torch.nn.Module, batches: Iterable[Rows], device: torch.device, pad_id: int, kernels: Kernels = OURS
+) -> Totals:
     """Loss and accuracy over `batches` with dropout off; the random state is left as it was."""
     was_training = model.training
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)
-    for batch in batches:
-        batch = batch.to(device)
+    for rows in batches:
+        assert rows.source is not None
+        batch = assemble(rows.source.to(device), rows.where.to(device), rows.shape, pad_id)
         out = kernels.cross_entropy(model(batch.inputs, batch.packing), batch.targets.flatten(), IGNORE)
         sums[0] += out.loss.double() * out.valid
         sums[1:4] += torch.stack([out.valid, out.correct, out.counted])

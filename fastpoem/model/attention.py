@@ -1,12 +1,14 @@
 """Causal self-attention over a padded batch or a packed one, with no mask in either.
 
 Right padding needs none: a causal query never looks to its right, and what padded queries compute is never used. A mask would cost the
-flash kernel. A *packed* batch is poems laid end to end in one row of tokens; everything but attention treats it as (1, N), and attention
-unfolds it to (poems, longest), so that poems cannot see each other and the matrix products, nearly all of the work, run without padding.
+flash kernel. A *packed* batch is poems laid end to end in one row of tokens; everything but attention treats it as (1, N). Attention has
+flash's variable-length kernel for it where there is one; elsewhere it unfolds the row to (poems, longest), so that poems cannot see each
+other and the matrix products, nearly all of the work, run without padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,24 +19,35 @@ from fastpoem.model import ops
 
 
 class Packing(NamedTuple):
-    """Where the poems of a packed batch of N tokens are. Built by the feed."""
+    """Where the P poems of a packed batch of N tokens are. What is left of N after the last poem is padding."""
 
-    positions: Tensor  # (N,) int64, each token's position in its poem
-    unfold: Tensor  # (P * T,) int64, for each place of a padded (P, T) batch the packed token there; 0 on padding
-    fold: Tensor  # (N,) int64, each packed token's place in the padded batch
-    poems: int  # P
+    positions: Tensor  # (N,) int64, each token's position in its poem; 0 on padding
+    unfold: Tensor  # (P, T) int64, for each place of a padded batch the packed token there; 0 on padding
+    fold: Tensor  # (N,) int64, each packed token's place in the padded batch, flat; anywhere on padding
+    borders: Tensor  # (P + 2,) int32, where each poem begins, where the last ends, and N
 
 
-def causal_attention(qkv: Tensor, heads: int, scale: float, dropout: float, packing: Packing | None) -> Tensor:
+# (q, k, v each (N, H, D / H), borders, longest, scale, dropout) -> (N, H, D / H): attention inside each of several sequences
+Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], Tensor]
+
+
+def causal_attention(
+    qkv: Tensor, heads: int, scale: float, dropout: float, packing: Packing | None, varlen: Varlen | None = None
+) -> Tensor:
     """qkv (B, T, 3 * D), q then k then v, each of `heads` heads -> (B, T, D). With `packing`, B = 1 and T = N packed tokens.
 
     scale multiplies q k^T; dropout is the probability with which attention weights are dropped.
     """
+    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    if packing is not None and varlen is not None:
+        q, k, v = qkv.view(length, 3, heads, width // heads).unbind(1)  # (N, H, D / H)
+        # padding is a sequence too, of less than a slot of the feed's, which is no longer than T
+        out = varlen(q, k, v, packing.borders, packing.unfold.shape[1], scale, dropout)
+        return out.reshape(1, length, width)
     if packing is not None:
-        padded = qkv[0].index_select(0, packing.unfold).view(packing.poems, -1, qkv.shape[-1])  # (P, T, 3 * D)
+        padded = qkv[0].index_select(0, packing.unfold.flatten()).view(*packing.unfold.shape, qkv.shape[-1])
         out = causal_attention(padded, heads, scale, dropout, None)  # (P, T, D)
         return out.reshape(-1, out.shape[-1]).index_select(0, packing.fold)[None]  # (1, N, D)
-    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     if _keeps_weights(qkv, dropout):
         return ops.CausalAttention.apply(qkv, heads, scale, dropout)
     q, k, v = (
@@ -48,14 +61,3 @@ def _keeps_weights(qkv: Tensor, dropout: float) -> bool:
     """On a CPU, SDPA's kernel for training has no dropout and computes the weights twice: for short poems, keeping them is faster."""
     eager = qkv.is_cpu and qkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return eager and (dropout > 0 or qkv.shape[1] <= 128)
-
-
-def pack_index(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(positions, unfold, fold) of `Packing` for poems of these lengths."""
-    sizes = torch.tensor(lengths)
-    starts = sizes.cumsum(0) - sizes  # (P,)
-    place = torch.arange(int(sizes.max()))  # (T,)
-    real = place < sizes[:, None]  # (P, T)
-    unfold = torch.where(real, starts[:, None] + place, 0).flatten()
-    positions = place.expand_as(real)[real]
-    return positions, unfold, real.flatten().nonzero().squeeze(1)

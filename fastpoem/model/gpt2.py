@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastpoem.model import ops
-from fastpoem.model.attention import Packing, causal_attention
+from fastpoem.model.attention import Packing, Varlen, causal_attention
 
 ACTIVATIONS = {
     "gelu_new": "tanh",
@@ -81,8 +81,9 @@ class Dropout(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPT2Config, layer: int) -> None:
+    def __init__(self, config: GPT2Config, layer: int, varlen: Varlen | None) -> None:
         super().__init__()
+        self.varlen = varlen
         self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
         self.c_proj = Affine(config.n_embd, config.n_embd)
         self.heads, self.dropout = config.n_head, config.attn_pdrop
@@ -92,7 +93,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
         dropout = self.dropout if self.training else 0.0
-        return self.c_proj(causal_attention(self.c_attn(x), self.heads, self.scale, dropout, packing))
+        return self.c_proj(causal_attention(self.c_attn(x), self.heads, self.scale, dropout, packing, self.varlen))
 
 
 class MLP(nn.Module):
@@ -108,10 +109,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPT2Config, layer: int) -> None:
+    def __init__(self, config: GPT2Config, layer: int, varlen: Varlen | None) -> None:
         super().__init__()
         self.ln_1 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config, layer, varlen)
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
         self.dropout = Dropout(config.resid_pdrop)
@@ -122,11 +123,11 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, varlen: Varlen | None) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, layer, varlen) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = Dropout(config.embd_pdrop)
 
@@ -143,12 +144,15 @@ class Transformer(nn.Module):
 
 
 class GPT2(nn.Module):
-    """The language model. `state_dict()` has the names of `GPT2LMHeadModel` (whose tied `lm_head.weight` is `transformer.wte.weight`)."""
+    """The language model. `state_dict()` has the names of `GPT2LMHeadModel` (whose tied `lm_head.weight` is `transformer.wte.weight`).
 
-    def __init__(self, config: GPT2Config) -> None:
+    varlen: attention for packed batches (fastpoem.model.flash); without it poems are attended to in a padded batch.
+    """
+
+    def __init__(self, config: GPT2Config, varlen: Varlen | None = None) -> None:
         super().__init__()
         self.config = config
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, varlen)
 
     def forward(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
         """ids (B, T) int64 -> next-token logits (B * T, V), rows in the order of ids. With `packing`, ids is (1, N)."""

@@ -83,7 +83,9 @@ class Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, places, ids, positions):
         ctx.tokens, ctx.places, ctx.ids, ctx.positions = tokens, places, ids, positions
-        return F.embedding(ids, tokens) + (places[: ids.shape[1]] if positions is None else places[positions])
+        return F.embedding(ids, tokens) + (
+            places[: ids.shape[1]] if positions is None else F.embedding(positions, places)
+        )
 
     @staticmethod
     @once_differentiable

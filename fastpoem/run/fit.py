@@ -17,21 +17,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from fastpoem.config import HUB_MODEL, TrainConfig
-from fastpoem.corpus.feed import Feed
+from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
 from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.engine.build import build_step
 from fastpoem.engine.kernels import choose_kernels
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
-from fastpoem.engine.step import TrainStep
 from fastpoem.errors import InputError
 from fastpoem.model import hub
+from fastpoem.model.attention import Varlen
+from fastpoem.model.flash import find_varlen, insist_on_flash, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.run import checkpoint, folder
 from fastpoem.run.loop import Loop, NotSaved, check_state
@@ -87,7 +88,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     device = choose_device(config.device)
     dtype, why = choose_dtype(config.precision, device)
-    _refuse_what_needs_a_gpu(config, device)
+    varlen, about_attention = _choose_attention(config, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -119,7 +120,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         order = _order(config, store, held)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
-    model = _model(config, shape, model_folder, goes_on=config.resume and bool(checkpoint.listed(out)))
+    model = _model(config, shape, varlen, model_folder, goes_on=config.resume and bool(checkpoint.listed(out)))
     model.to(device)
     optimizer = FlatAdamW(
         model,
@@ -134,27 +135,21 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
     with folder.claim(out, fresh=not config.resume):
         identity = folder.identity(config, store, shape)
-        compiled, compile_seconds = _compile(config, model, device)
-        step = TrainStep(
-            compiled,
-            optimizer,
-            pad_id=tokenizer.pad_id if config.loss_on_padding else None,
-            compiled=compiled is not model,
-        )
-        feed = Feed(store, config.batching, pad_targets=config.loss_on_padding)
+        feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off")
+        step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, _shapes(order, feed), voice.say)
         loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside)
         torch.manual_seed(config.seed)
         state = _resume(loop, config) if config.resume else None
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             folder.write_config(out, config, identity, store, device, dtype)
+        if about_attention:
+            voice.say(about_attention)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
         voice.say(
             f"{order.steps:,} steps an epoch of {config.batch_size} poems, {len(held):,} poems held out for validation"
         )
-        if compile_seconds:
-            voice.say(f"compiled in {compile_seconds:.0f} s")
         if state is not None:
             left = "nothing is left to do" if loop.done >= loop.last_step else "going on"
             voice.say(f"step {loop.done} of {loop.last_step} is done: {left}")
@@ -168,14 +163,14 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             loop.close()
 
 
-def _model(config: TrainConfig, shape: GPT2Config, source: Path, *, goes_on: bool) -> GPT2:
+def _model(config: TrainConfig, shape: GPT2Config, varlen: Varlen | None, source: Path, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
     parameters = hub.count_parameters(shape)
     needed, there = 16 * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if needed > there:  # weights, gradients and two moments of 4 bytes each
         reason = f"a model of {parameters / 1e6:,.0f} M parameters takes {needed:,.0f} GiB to train, this machine has {there:,.0f}"
         raise InputError(source / "config.json", reason, "use a smaller model")
-    model = GPT2(shape)
+    model = GPT2(shape, varlen)
     if config.from_scratch:
         model.initialise(config.seed)
     elif not goes_on:
@@ -202,13 +197,18 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
     return state
 
 
-def _refuse_what_needs_a_gpu(config: TrainConfig, device: torch.device) -> None:
-    if config.graphs == "on":
-        raise InputError("--graphs on", "this version does not capture CUDA graphs", "use --graphs auto")
+def _choose_attention(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Varlen | None, str | None]:
+    """(variable-length attention for packed batches, what to say about it). Raises InputError where --attention flash cannot be had."""
     if config.attention == "flash":
-        raise InputError(
-            "--attention flash", f"the flash kernel runs on CUDA devices, not on {device}", "use --attention auto"
-        )
+        if reason := why_not_flash(device, dtype):
+            raise InputError("--attention flash", reason, "use --attention auto")
+        insist_on_flash()
+    if config.batching != "pack" or config.attention == "sdpa":
+        return None, None
+    varlen, what = find_varlen(device, dtype)
+    return varlen, f"attention inside packed batches: {what}" if device.type == "cuda" else None
 
 
 def _open_store(
@@ -263,14 +263,8 @@ def _order(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
     return TextOrder(lengths, store.rows, store.locate, held, config.batch_size, seed)
 
 
-def _compile(config: TrainConfig, model: GPT2, device: torch.device) -> tuple[nn.Module, float]:
-    """The model as the step calls it, and the seconds its compilation took (it compiles at its first call, here)."""
-    if config.compile == "off" or (config.compile == "auto" and device.type == "cpu"):
-        return model, 0.0
-    begin = time.perf_counter()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    ids = torch.zeros(config.batch_size, 8, dtype=torch.int64, device=device)
-    state = torch.get_rng_state()
-    compiled(ids, None).sum().backward()
-    torch.set_rng_state(state)
-    return compiled, time.perf_counter() - begin
+def _shapes(order: Order, feed: Feed) -> list[Shape]:
+    """The shapes of batches that are known before training: all of them in bucket order, otherwise the first step's."""
+    if isinstance(order, BucketOrder):
+        return [Shape(order.batch, length) for length in order.lengths_used()]
+    return [feed(order(0, 0)).shape]

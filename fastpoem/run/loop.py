@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastpoem.config import TrainConfig
-from fastpoem.corpus.feed import Batch, Feed, validation_steps
+from fastpoem.corpus.feed import Feed, Rows, validation_steps
 from fastpoem.corpus.plan import Order
 from fastpoem.engine.optim import learning_rate
-from fastpoem.engine.step import GIVE_UP, StepResult, TrainStep, evaluate
+from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.run import checkpoint
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
@@ -85,7 +85,7 @@ class Loop:
         )
 
     def __post_init__(self) -> None:
-        self.watch = Watch(self.device)
+        self.watch = Watch(self.step.account.losses)
         self._copies = {
             name: getattr(self.step.optimizer, name).clone() for name in FLATS
         }  # clone: pages are touched now, not at a save
@@ -132,9 +132,9 @@ class Loop:
 
     def one_step(self) -> None:
         """Train on the next batch, and say so where it is time to."""
-        config, begin = self.config, time.perf_counter()
+        config, begin, setup = self.config, time.perf_counter(), self.step.setup_seconds
         epoch, within = divmod(self.done, self.order.steps)
-        batch = self.feed(self.order(epoch, within))
+        rows = self.feed(self.order(epoch, within))
         lr = learning_rate(
             config.schedule,
             config.lr,
@@ -144,21 +144,21 @@ class Loop:
             last_step=self.last_step,
             warmup=config.warmup_steps,
         )
-        result = self.step(batch.to(self.device), lr)
-        self.watch.note(result.loss)
+        self.step(rows, lr)
+        self.watch.count += 1
         self.done += 1
         self._val_loss, self._epoch_due = None, self.done % self.order.steps == 0
         speak = self._is_regular(self.done) or self.done == self.last_step
         diverged = False
         if speak or self.watch.is_full or self.device.type == "cpu":  # elsewhere looking would stop the device
             self._look()
-            diverged = int(self.step.most_failed) >= GIVE_UP
-        took = time.perf_counter() - begin
+            diverged = int(self.step.account.most_failed) >= GIVE_UP
+        took = time.perf_counter() - begin - (self.step.setup_seconds - setup)
         self.seconds += took
-        for name, amount in (("tokens", batch.tokens), ("poems", batch.poems), ("seconds", took)):
+        for name, amount in (("tokens", rows.tokens), ("poems", config.batch_size), ("seconds", took)):
             self._unlogged[name] += amount
         if speak or diverged:
-            self._tell(epoch, lr, batch, result)
+            self._tell(epoch, lr, rows)
         if diverged:
             self._give_up()
         self.voice.advance()
@@ -172,18 +172,18 @@ class Loop:
             )
             self._spike = max(self._spike or spike, spike, key=lambda one: one.z)
 
-    def _tell(self, epoch: int, lr: float, batch: Batch, result: StepResult) -> None:
+    def _tell(self, epoch: int, lr: float, rows: Rows) -> None:
         """Write a step's row. Synchronises with the device."""
-        counted = max(1, int(result.counted))
-        row = {"step": self.done, "epoch": epoch + 1, "lr": lr, "loss": float(result.loss)}
-        row |= {"accuracy": int(result.correct) / counted, "grad_norm": float(result.norm)}
+        result = self.step.result()
+        row = {"step": self.done, "epoch": epoch + 1, "lr": lr, "loss": result.loss}
+        row |= {"accuracy": result.correct / max(1, result.counted), "grad_norm": result.norm}
         if skipped := (told := self.step.totals().skipped) - self._skipped:
             row |= {"skipped": skipped}
         if self._spike is not None:
             row |= {"spike_step": self._spike.step, "spike_z": self._spike.z}
         self._skipped, self._spike = told, None
         tokens, poems, seconds = self._unlogged.values()
-        row |= {"poems": batch.poems, "tokens": batch.tokens, "tokens_per_s": tokens / seconds}
+        row |= {"poems": self.config.batch_size, "tokens": rows.tokens, "tokens_per_s": tokens / seconds}
         row |= {"poems_per_s": poems / seconds, "seconds": self.seconds}
         self.metrics.write(row)
         left = (self.last_step - self.done) * self.seconds / self.done
@@ -192,9 +192,9 @@ class Loop:
 
     def _give_up(self) -> None:
         """Save what there is, which the failed steps have not touched, and raise Diverged with where it is."""
-        step = self.step
-        step.failed_in_a_row.zero_()  # or a run that goes on from here would give up at once
-        step.most_failed.zero_()
+        account = self.step.account
+        account.failed_in_a_row.zero_()  # or a run that goes on from here would give up at once
+        account.most_failed.zero_()
         self.save()
         self.saver.wait()
         saved = checkpoint.listed(self.folder)
@@ -214,7 +214,7 @@ class Loop:
             steps = validation_steps(self.feed.store, self.validation_rows, self.config.batch_size)
             try:
                 batches = _until_told(stop, map(Feed(self.feed.store, "bucket"), steps))
-                found = evaluate(self.model, batches, self.device, self.step.optimizer.kernels)
+                found = evaluate(self.model, batches, self.device, self.step.pad_id, self.step.optimizer.kernels)
             except _Told:
                 self.model.train()
                 return False
@@ -269,23 +269,19 @@ class Loop:
 
     def tensors(self, flats: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
         """Every tensor that training goes on with, by file and name: those in use, or of copies of the optimizer's flat buffers."""
-        optimizer, step = self.step.optimizer, self.step
+        optimizer, account = self.step.optimizer, self.step.account
         master, exp_avg, exp_avg_sq = ((flats or vars(optimizer))[name] for name in FLATS)
         rest = {f"exp_avg.{name}": tensor for name, tensor in optimizer.named(exp_avg)}
         rest |= {f"exp_avg_sq.{name}": tensor for name, tensor in optimizer.named(exp_avg_sq)}
-        rest |= {"applied": optimizer.applied, "sums": step.sums, "losses": self.watch.noted}
-        rest |= {"failed_in_a_row": step.failed_in_a_row, "most_failed": step.most_failed}
-        rest |= {"rng.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rest |= {"rng.cuda": torch.cuda.get_rng_state(self.device)}
+        rest |= {"applied": optimizer.applied, "sums": account.sums, "losses": account.losses}
+        rest |= {"failed_in_a_row": account.failed_in_a_row, "most_failed": account.most_failed}
+        rest |= {f"rng.{self.device.type}": rng_state(self.device)}
         return {WEIGHTS: dict(optimizer.named(master)), OPTIMIZER: rest}
 
     def adopt(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """What is left to do when a checkpoint has been copied into `tensors()`."""
         self.step.optimizer.reload()
-        torch.set_rng_state(tensors[OPTIMIZER]["rng.cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors[OPTIMIZER]["rng.cuda"], self.device)
+        set_rng_state(tensors[OPTIMIZER][f"rng.{self.device.type}"], self.device)
 
     def state(self) -> dict[str, Any]:
         """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short."""
@@ -335,7 +331,7 @@ def check_state(state: Mapping[str, Any]) -> None:
         raise checkpoint.Damaged("its state is not one of a run")
 
 
-def _until_told(stop: StopRequest, batches: Iterable[Batch]) -> Iterator[Batch]:
+def _until_told(stop: StopRequest, batches: Iterable[Rows]) -> Iterator[Rows]:
     for batch in batches:
         if stop.signal is not None:
             raise _Told

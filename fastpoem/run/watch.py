@@ -10,10 +10,8 @@ import math
 from collections import deque
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-NOTED = 64  # losses kept on the device before somebody must look
 WINDOW, AT_LEAST = 100, 30  # losses that one is compared with
 FAR = 6.0  # standard deviations
 FLAT = 1e-3  # of the mean: a deviation smaller than this is taken to be so large
@@ -29,25 +27,19 @@ class Spike(NamedTuple):
 
 
 class Watch:
-    """The losses noted since the last look, (NOTED,) float32 on the device, and the window of finite ones before them."""
+    """`losses` (n,) float32 on the device, the newest at the end, `count` of them not yet looked at; and the window of finite ones before."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.noted = torch.zeros(NOTED, device=device)
-        self.count = 0
+    def __init__(self, losses: Tensor) -> None:
+        self.losses, self.count = losses, 0
         self.window: deque[float] = deque(maxlen=WINDOW)
 
     @property
     def is_full(self) -> bool:
-        return self.count == NOTED
-
-    def note(self, loss: Tensor) -> None:
-        """Keep a step's loss, 0-D. Must not be full. Does not synchronise."""
-        self.noted[self.count].copy_(loss)
-        self.count += 1
+        return self.count == len(self.losses)
 
     def look(self, step: int) -> list[Spike]:
         """The spikes among the noted losses, the last of which is that of `step`. Synchronises with the device."""
-        losses, first = self.noted[: self.count].tolist(), step - self.count + 1
+        losses, first = self.losses[len(self.losses) - self.count :].tolist(), step - self.count + 1
         self.count = 0
         return [spike for at, loss in enumerate(losses, first) if (spike := self._judge(at, loss)) is not None]
 

@@ -2,7 +2,7 @@
 
 With every parameter a view of one buffer, the optimizer is two sweeps over memory: one for the norm, one for the update. Step,
 learning rate and clip limit are device tensors, so the whole of it can be captured in a graph and replayed with other values.
-A step whose norm (or loss) is not finite leaves weights, moments and step count as they are and raises a flag on the device.
+A step whose norm, loss or learning rate is not finite leaves weights, moments and step count as they are and raises a flag on the device.
 
 Formulae: `torch.nn.utils.clip_grad_norm_` (factor = min(1, limit / (norm + 1e-6))) and AdamW with decoupled weight decay
 (Loshchilov & Hutter, 2019) as in `torch.optim.AdamW`.
@@ -35,7 +35,7 @@ def clipped_adamw_(
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step in place; returns the gradient's L2 norm before clipping (0-D float32) and `skipped` (0-D bool).
 
-    `step` counts the steps applied and is advanced here. `skipped`: the norm or `loss` was not finite and nothing changed.
+    `step` counts the steps applied and is advanced here. `skipped`: the norm, `loss` or `lr` was not finite and nothing changed.
     `low_precision` receives the rounded weights. On the CPU a float32 `grad` may be left clipped; its content is spent.
     """
     flat = [param, grad, exp_avg, exp_avg_sq, *([] if low_precision is None else [low_precision])]
@@ -77,7 +77,9 @@ def _clipped_adamw(
             param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay
         )
     norm = _norm(grad)
-    finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
+    finite = norm.isfinite() & lr.isfinite()
+    if loss is not None:
+        finite &= loss.isfinite()
     step.add_(finite)
     if finite:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)

@@ -74,11 +74,11 @@ def step_scalars(
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     length = tl.sqrt_rn(tl.sum(tl.load(partials + at, mask=at < PROGRAMS, other=0.0), 0))
-    finite = tl.abs(length) < float("inf")
+    rate = tl.load(lr)
+    finite = (tl.abs(length) < float("inf")) & (tl.abs(rate) < float("inf"))
     if HAS_LOSS:
         finite = finite & (tl.abs(tl.load(loss).to(tl.float32)) < float("inf"))
     count = tl.load(step) + tl.where(finite, 1.0, 0.0)
-    rate = tl.load(lr)
     tl.store(norm, length)
     tl.store(skipped, finite == 0)
     tl.store(step, count)

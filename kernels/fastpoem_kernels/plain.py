@@ -45,7 +45,9 @@ def clipped_adamw_(
 ) -> tuple[Tensor, Tensor]:
     """As `fastpoem_kernels.clipped_adamw_`, on `torch._fused_adamw_`, which can scale and skip by device tensors."""
     norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-    skipped = ~norm.isfinite() if loss is None else ~(norm.isfinite() & loss.isfinite())
+    skipped = ~(norm.isfinite() & lr.isfinite())
+    if loss is not None:
+        skipped |= ~loss.isfinite()
     step.add_(~skipped)
     torch._fused_adamw_(
         [param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step],

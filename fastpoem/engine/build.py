@@ -1,0 +1,81 @@
+"""The step as this device runs it: compiled or not, recorded as graphs or not, and one line of why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from fastpoem.config import TrainConfig
+from fastpoem.corpus.feed import Feed, Shape
+from fastpoem.engine.compile import compiled_pieces, forms, why_not_compile
+from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.step import Pieces, TrainStep
+from fastpoem.errors import InputError
+from fastpoem.model.gpt2 import GPT2
+
+RESIDENT = 1 << 30  # bytes of a corpus that a GPU's memory is not asked whether it can spare
+
+
+def build_step(
+    config: TrainConfig,
+    model: GPT2,
+    optimizer: FlatAdamW,
+    feed: Feed,
+    pad_id: int,
+    shapes: Sequence[Shape],
+    say: Callable[[str], None],
+) -> TrainStep:
+    """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. Raises InputError for what
+    `config` insists on and this machine has not."""
+    device, store = optimizer.master.device, feed.store
+    compiles = _compiles(config, device, say)
+    if config.graphs == "on" and device.type != "cuda":
+        raise InputError("--graphs on", f"CUDA graphs run on CUDA devices, not on {device}", "use --graphs auto")
+    if device.type == "cuda" and store.dtype.itemsize * sum(b.rows * b.length for b in store.buckets) <= RESIDENT:
+        source = feed.corpus().to(device)
+    else:
+        kind = torch.int16 if store.dtype.itemsize == 2 else torch.int32
+        source = torch.zeros(config.batch_size * store.buckets[-1].length, dtype=kind, device=device)
+    step = TrainStep(
+        Pieces(model), optimizer, source, poems=config.batch_size, pad_id=pad_id, pad_targets=config.loss_on_padding
+    )
+    if compiles:
+        begin = time.perf_counter()
+        step.pieces = compiled_pieces(model)
+        try:
+            for shape in {max(shapes), min(shapes)}:
+                with step.rehearsal(shape):
+                    step.work(shape)
+        except RuntimeError as error:
+            if config.compile == "on":
+                raise
+            reason = str(error).strip().splitlines()[0]
+            say(f"the model could not be compiled ({reason}): PyTorch's own kernels are used")
+            step.pieces = Pieces(model)
+        else:
+            say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
+    if device.type == "cuda" and config.graphs != "off":
+        begin = time.perf_counter()
+        graphs = Graphs(step, say)
+        graphs.record(shapes)
+        if not graphs.broken:
+            step.launch = graphs
+            took = time.perf_counter() - begin
+            say(
+                f"{len(graphs.recorded)} lengths recorded as CUDA graphs in {took:.1f} s, {graphs.bytes / 2**20:,.0f} MiB"
+            )
+    return step
+
+
+def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:
+    if config.compile == "off" or (config.compile == "auto" and device.type == "cpu"):
+        return False
+    reason = why_not_compile(device)
+    if reason is not None and config.compile == "on":
+        raise InputError("--compile on", reason, "install it, or use --compile auto")
+    if reason is not None:
+        say(f"the model is not compiled: {reason}")
+    return reason is None

@@ -1,0 +1,66 @@
+"""torch.compile for the pieces of the step: the model, and the small arithmetic around it.
+
+One form serves every length: the length is declared dynamic from the start, because PyTorch would otherwise specialise on each of the
+first eight and then give up. What is compiled is kept on disk between runs, by PyTorch, in a folder of ours that nobody sweeps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpoem.engine.batch import assemble
+from fastpoem.engine.step import Pieces, account
+from fastpoem.model.attention import Packing
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """What is missing here for torch.compile, None where nothing is: asked at the start, not found at the first step."""
+    names = (
+        (os.environ.get("CC"), "gcc", "clang", "cc")
+        if device.type == "cuda"
+        else (os.environ.get("CXX"), "g++", "clang++")
+    )
+    if not any(shutil.which(name) for name in names if name):
+        return "there is no C compiler" if device.type == "cuda" else "there is no C++ compiler"
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"Triton cannot be imported ({error})"
+    return None
+
+
+def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
+    """The pieces, to be compiled when they are first called. A graph break raises there."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+
+    def call(inputs: Tensor, packing: Packing | None) -> Tensor:
+        _declare_dynamic(inputs, 1)
+        if packing is not None:
+            _declare_dynamic(packing.positions, 0)
+            _declare_dynamic(packing.fold, 0)
+            _declare_dynamic(packing.unfold, 1)
+        return compiled(inputs, packing)
+
+    whole: Any = {"fullgraph": True, "dynamic": True, "backend": backend}
+    return Pieces(call, torch.compile(assemble, **whole), torch.compile(account, **whole), autograd=True)
+
+
+def _declare_dynamic(tensor: Tensor, dim: int) -> None:
+    if tensor.shape[dim] > 1:  # 0 and 1 are always forms of their own
+        torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def forms() -> int:
+    """Graphs compiled so far in this process: one that appears after the warm-up is a step that waited for the compiler."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
