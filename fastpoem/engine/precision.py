@@ -8,7 +8,12 @@ from fastpoem.errors import InputError
 
 
 def choose_device(wanted: str) -> torch.device:
-    """auto: the first GPU, else the CPU. Raises InputError for a device that is not there, listing those that are."""
+    """auto: the first GPU, else the CPU. Raises InputError for a device that is not there, listing those that are.
+
+    Turns cuDNN's attention off: PyTorch prefers it on Hopper wherever nothing is dropped (validation, --dropout 0), and it builds a plan
+    for every shape anew, where the flash kernel serves all of them.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ["cpu", *(f"cuda:{i}" for i in range(count))]
     if wanted == "auto":
