@@ -9,7 +9,7 @@ import torch
 
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
-from fastpoem.engine.compile import compiled_pieces, forms, why_not_compile
+from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form, why_not_compile
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep
@@ -46,7 +46,7 @@ def build_step(
         begin = time.perf_counter()
         step.pieces = compiled_pieces(model)
         try:
-            for shape in {max(shapes), min(shapes)}:
+            for shape in one_of_each_form(shapes):
                 with step.rehearsal(shape):
                     step.work(shape)
         except RuntimeError as error:

@@ -1,19 +1,21 @@
 """torch.compile for the pieces of the step: the model, and the small arithmetic around it.
 
-One form serves every length: the length is declared dynamic from the start, because PyTorch would otherwise specialise on each of the
-first eight and then give up. What is compiled is kept on disk between runs, by PyTorch, in a folder of ours that nobody sweeps.
+One form serves every length, but for alignment: on CUDA another is made for lengths divisible by 8. The length is declared dynamic from
+the start, because PyTorch would otherwise specialise on each of the first eight and then give up. What is compiled is kept on disk between runs, by PyTorch, in a folder of ours that nobody sweeps.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastpoem.corpus.feed import Shape
 from fastpoem.engine.batch import assemble
 from fastpoem.engine.step import Pieces, account
 from fastpoem.model.attention import Packing
@@ -40,7 +42,9 @@ def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
     """The pieces, to be compiled when they are first called. A graph break raises there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    # Independent small kernels (the second halves of 50 column sums) in one launch: 178 graph nodes a step instead of 228.
+    options = {"combo_kernels": True} if backend == "inductor" else None
+    compiled = torch.compile(model, fullgraph=True, backend=backend, options=options)
 
     def call(inputs: Tensor, packing: Packing | None) -> Tensor:
         _declare_dynamic(inputs, 1)
@@ -57,6 +61,11 @@ def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
 def _declare_dynamic(tensor: Tensor, dim: int) -> None:
     if tensor.shape[dim] > 1:  # 0 and 1 are always forms of their own
         torch._dynamo.mark_dynamic(tensor, dim)
+
+
+def one_of_each_form(shapes: Iterable[Shape]) -> list[Shape]:
+    """Shapes that between them have everything compiled that `shapes` need."""
+    return list({(bool(shape.packed), (shape.longest - 1) % 8 == 0): shape for shape in shapes}.values())
 
 
 def forms() -> int:

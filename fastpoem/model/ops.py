@@ -90,7 +90,11 @@ class Embed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # (B, T, D)
-        ctx.tokens.main_grad.index_add_(0, ctx.ids.flatten(), dy.flatten(0, 1))
+        gradient = ctx.tokens.main_grad
+        # In float32 whatever the dtype: a comma comes a hundred times in a batch.
+        total = gradient.float().index_add_(0, ctx.ids.flatten(), dy.flatten(0, 1).float())
+        if total is not gradient:
+            gradient.copy_(total)
         places = ctx.places.main_grad.zero_()
         if ctx.positions is None:
             torch.sum(dy, 0, out=places[: dy.shape[1]])

@@ -264,7 +264,8 @@ def _order(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:
-    """The shapes of batches that are known before training: all of them in bucket order, otherwise the first step's."""
+    """The shapes of batches that are known before training: all of them in bucket order, otherwise the first step's and its like."""
     if isinstance(order, BucketOrder):
         return [Shape(order.batch, length) for length in order.lengths_used()]
-    return [feed(order(0, 0)).shape]
+    first = feed(order(0, 0)).shape
+    return [first] if first.packed else [first, first._replace(longest=(first.longest + 6) // 8 * 8 + 1)]

@@ -237,7 +237,9 @@ class Loop:
         copied = None
         if self.device.type == "cuda":
             copied = torch.cuda.Event()
-            copied.record(torch.cuda.current_stream(self.device))  # not the current device's, which is another's for cuda:7
+            copied.record(
+                torch.cuda.current_stream(self.device)
+            )  # not the current device's, which is another's for cuda:7
 
         def job() -> None:
             host = tensors if copied is None else _to_host(tensors, copied, self.device)
