@@ -56,6 +56,7 @@ def build_step(
             say(f"the model could not be compiled ({reason}): PyTorch's own kernels are used")
             step.pieces = Pieces(model)
         else:
+            step.forms = forms
             say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
     if device.type == "cuda" and config.graphs != "off":
         begin = time.perf_counter()

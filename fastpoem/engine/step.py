@@ -112,6 +112,7 @@ class TrainStep:
         self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.device)
         self.account = Account.empty(self.device)
         self.launch: Callable[[Shape], None] = self.work
+        self.forms: Callable[[], int] = lambda: 0  # compiled so far
         self.setup_seconds = 0.0  # of compiling and recording, which is not training
 
     def __call__(self, rows: Rows, lr: float) -> None:

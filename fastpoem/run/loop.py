@@ -108,6 +108,7 @@ class Loop:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
         self.model.train()
         self.voice.start(self.done, self.last_step)
+        self._forms = self.step.forms()
         try:
             while (self.done < self.last_step or self._epoch_due) and stop.signal is None:
                 if not self._epoch_due:
@@ -154,6 +155,9 @@ class Loop:
             self._look()
             diverged = int(self.step.account.most_failed) >= GIVE_UP
         took = time.perf_counter() - begin - (self.step.setup_seconds - setup)
+        if (forms := self.step.forms()) > self._forms:
+            self.voice.say(f"step {self.done}: the model was compiled again, which its warm-up should have spared it")
+            self._forms = forms
         self.seconds += took
         for name, amount in (("tokens", rows.tokens), ("poems", config.batch_size), ("seconds", took)):
             self._unlogged[name] += amount
