@@ -54,7 +54,7 @@ def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
             _declare_dynamic(packing.unfold, 1)
         return compiled(inputs, packing)
 
-    whole: Any = {"fullgraph": True, "dynamic": True, "backend": backend}
+    whole: Any = {"fullgraph": True, "dynamic": True, "backend": backend, "options": options}
     return Pieces(call, torch.compile(assemble, **whole), torch.compile(account, **whole), autograd=True)
 
 

@@ -69,6 +69,7 @@ class _InPlace(torch.autograd.Function):
         loss, *counts = _overwrite(logits, target, ignore_index, accuracy_ignore_index)
         ctx.save_for_backward(logits.detach())
         ctx.mark_non_differentiable(*counts)
+        ctx.set_materialize_grads(False)  # or autograd makes three zeros for the counts, each a launch
         return loss, *counts
 
     @staticmethod
