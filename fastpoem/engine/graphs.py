@@ -68,7 +68,10 @@ class Graphs:
         except RuntimeError as error:
             self.broken = True
             self.recorded.clear()
-            reason = str(error).strip().splitlines()[0]
+            first: BaseException = error  # the last one only says that there was another
+            while first.__context__ is not None:
+                first = first.__context__
+            reason = str(first).strip().splitlines()[0]
             self.say(f"the step could not be recorded as a CUDA graph ({reason}): its kernels are launched one by one")
             return
         self.recorded[shape] = graph

@@ -133,7 +133,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(raw_config, shape, special), tokenizer.files)
 
-    with folder.claim(out, fresh=not config.resume):
+    # Streams and graphs are made on the current device, whatever their tensors are on.
+    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with current, folder.claim(out, fresh=not config.resume):
         identity = folder.identity(config, store, shape)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off")
         step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, _shapes(order, feed), voice.say)
