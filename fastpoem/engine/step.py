@@ -21,7 +21,7 @@ from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
 
 GIVE_UP = 5  # steps in a row whose loss or gradient is not finite
-NOTED = 64  # losses kept on the device before somebody must look
+NOTED = 1024  # losses kept on the device before somebody must look, which stops it
 
 
 class Account(NamedTuple):
