@@ -85,7 +85,7 @@ class Loop:
         )
 
     def __post_init__(self) -> None:
-        self.watch = Watch(self.step.account.losses)
+        self.watch, self._forms = Watch(self.step.account.losses), self.step.forms()
         self._copies = {
             name: getattr(self.step.optimizer, name).clone() for name in FLATS
         }  # clone: pages are touched now, not at a save
@@ -108,7 +108,6 @@ class Loop:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
         self.model.train()
         self.voice.start(self.done, self.last_step)
-        self._forms = self.step.forms()
         try:
             while (self.done < self.last_step or self._epoch_due) and stop.signal is None:
                 if not self._epoch_due:
