@@ -62,9 +62,10 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.engine.precision import choose_device
     from fastpoem.model import hub
+    from fastpoem.model.find import resolve_folder
     from fastpoem.model.gpt2 import GPT2
 
-    folder = hub.resolve_folder(config.model)
+    folder = resolve_folder(config.model)
     shape, _ = hub.read_config(folder)
     hub.load_weights(GPT2(shape), folder)  # transformers would make up what is missing, and not say so
     if PoemTokenizer.load(folder).vocab_size > shape.vocab_size:

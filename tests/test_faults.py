@@ -300,12 +300,12 @@ def test_each_operation_of_exporting_the_model(scratch):
 def test_without_exchange_a_killed_export_is_put_back(tmp_path, monkeypatch):
     from fastpoem import disk
 
-    monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(disk, "exchange", lambda one, other: False)
     folder = tmp_path / "model"
     for value in (1.0, 2.0):
         hub.write_folder(folder, small_tensors(value)["model.safetensors"], {})
     content = (folder / "model.safetensors").read_bytes()
-    folder.rename(tmp_path / ".model.partial-replaced")  # killed between its two renames
+    folder.rename(tmp_path / ".model.replaced")  # killed between its two renames
     disk.recover(hub.partial(folder), folder)
     assert (folder / "model.safetensors").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -14,6 +14,7 @@ from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel, TextGenerat
 from fastpoem.errors import InputError
 from fastpoem.model import hub, ops
 from fastpoem.model.attention import Packing, pack_index
+from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2
 
 
@@ -140,7 +141,7 @@ def test_a_damaged_folder_is_refused_by_name(small_model, tmp_path, damage, says
     shutil.copytree(small_model, folder)
     damage(folder)
     with pytest.raises(InputError, match=says) as error:
-        ours(hub.resolve_folder(str(folder)))
+        ours(resolve_folder(str(folder)))
     assert str(tmp_path) in str(error.value)
 
 
@@ -153,7 +154,7 @@ def edit(folder, **changes):
                                         ("nobody/nothing", "hub")])  # fmt: skip
 def test_a_model_that_is_not_there(name, says):
     with pytest.raises(InputError, match=says):
-        hub.resolve_folder(name)
+        resolve_folder(name)
 
 
 def test_gradients_written_in_place_are_autograds(small_model):

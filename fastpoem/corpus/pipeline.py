@@ -57,7 +57,7 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         if kind in ("BertTokenizer", "BertTokenizerFast"):
             library, names = _bert(folder, config, has_json)
         elif has_json:
-            library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            library = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             names, extra = _named(folder, config)
             _add(library, {}, names, extra)
         else:
@@ -73,7 +73,11 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
 
 def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokenizer, dict[str, AddedToken | str]]:
     saved = _object(folder / "tokenizer.json") if has_json else {}
-    vocab = saved["model"]["vocab"] if has_json else WordPiece.read_file(str(folder / "vocab.txt"))
+    if has_json:
+        vocab = saved["model"]["vocab"]
+    else:
+        with open(folder / "vocab.txt", "rb") as file:  # by its handle: the library takes no name that is not UTF-8
+            vocab = WordPiece.read_file(f"/dev/fd/{file.fileno()}")
     given, extra = _named(folder, config)
     names = BERT_DEFAULTS | given
     added = _added(folder, config, saved, names)
