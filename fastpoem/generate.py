@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastpoem.cli import parse, run_command
 from fastpoem.errors import InputError
+from fastpoem.paths import spelled
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,9 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
 
     disable_progress_bar()
     try:
-        network = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=(folder / "model.safetensors").exists())
-        tokenizer = BertTokenizer.from_pretrained(folder)
+        with spelled(folder) as name:
+            network = GPT2LMHeadModel.from_pretrained(name, use_safetensors=(folder / "model.safetensors").exists())
+            tokenizer = BertTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(folder, f"cannot be loaded ({error})", "name the model folder of a finished run") from error
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

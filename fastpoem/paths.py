@@ -1,7 +1,9 @@
 """Paths as users give them: `~` resolved, and what no file can be called refused before anything depends on it."""
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastpoem.errors import InputError
@@ -22,6 +24,21 @@ def given_path(flag: str, text: str) -> Path:
     if reason is not None:
         raise InputError(f"{flag} {text[:80]!r}", reason, "give the path of a file or folder, or drop the flag")
     return path
+
+
+@contextlib.contextmanager
+def spelled(path: Path) -> Iterator[str]:
+    """A name of a file or folder for libraries that take only UTF-8: its own, or where that is none, one by an open handle. Raises OSError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{handle}"
+        finally:
+            os.close(handle)
+    else:
+        yield str(path)
 
 
 def user_cache() -> Path:

@@ -30,6 +30,7 @@ from torch import Tensor
 from fastpoem import disk
 from fastpoem.errors import InputError
 from fastpoem.model.hub import WEIGHTS
+from fastpoem.paths import spelled
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -175,7 +176,7 @@ def _compare(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 def _load(path: Path, into: Tensors) -> None:
     """Copy tensors; before the first is copied, all are known to be there, of the right kind, and no others."""
     for file, tensors in into.items():
-        with safe_open(path / file, framework="pt") as stream:
+        with spelled(path / file) as called, safe_open(called, framework="pt") as stream:
             names = {name for name in stream.keys() if not name.startswith("rng.")}  # noqa: SIM118  (no mapping)
             if odd := names ^ {name for name in tensors if not name.startswith("rng.")}:
                 raise Damaged(f"{file} and the model differ by {sorted(odd)[0]}")
@@ -185,7 +186,7 @@ def _load(path: Path, into: Tensors) -> None:
                     raise Damaged(f"{name} is {part.get_dtype()} {part.get_shape()}, not {goal.dtype} {[*goal.shape]}")
     with torch.no_grad():
         for file, tensors in into.items():
-            with safe_open(path / file, framework="pt") as stream:
+            with spelled(path / file) as called, safe_open(called, framework="pt") as stream:
                 for name in {*stream.keys()} & {*tensors}:
                     tensors[name].copy_(stream.get_tensor(name))
 
