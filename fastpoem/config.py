@@ -126,6 +126,10 @@ class TrainConfig:
         for name in ("data", "model", "out", "cache_dir"):
             if (value := getattr(self, name)) is not None:
                 given_path(f"--{name.replace('_', '-')}", value)
+        if self.sample is not None and re.search("[\n\r\0\ud800-\udfff]", self.sample):
+            raise InputError(
+                f"--sample {self.sample!r:.80}", "holds what no poem does", "use characters of UTF-8 on one line"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
         if self.loss_on_padding and self.batching == "pack":

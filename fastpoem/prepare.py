@@ -7,8 +7,9 @@ from rich.console import Console
 from fastpoem.cli import parse, run_command
 from fastpoem.corpus.make import check_goal, check_settings
 from fastpoem.corpus.read import source_files
-from fastpoem.corpus.store import prepare_store, summarise
+from fastpoem.corpus.store import is_store, prepare_store, summarise
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.errors import InputError
 from fastpoem.model.find import resolve_folder
 from fastpoem.paths import given_path
 
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(PrepareConfig, argv, prog="python -m fastpoem.prepare")
     check_settings(config.max_length, config.buckets)
     source, out = given_path("--data", config.data), given_path("--out", config.out)
+    if is_store(source):
+        raise InputError(source, "is a token store already", "give it to fastpoem.train as it is")
     source_files(source)
     check_goal(out)
     tokenizer = PoemTokenizer.load(resolve_folder(config.model))

@@ -544,6 +544,7 @@ def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture
         (["--model", str(tmp_path)], str(tmp_path)),
         (["--convert", "klingon"], "is no OpenCC conversion"),
         (["--bukets", "3"], "--buckets"),
+        (["--data", str(tmp_path / "store")], "is a token store already"),
     ):
         with pytest.raises(InputError) as caught:
             main([*flags, *wrong])

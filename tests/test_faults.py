@@ -554,3 +554,30 @@ def test_without_exchange_a_killed_checkpoint_is_put_back(scratch, monkeypatch):
         assert passed == [] and values in ({1.0}, {2.0}), place
         assert [path.name for path in run.iterdir()] == ["checkpoints"]
     assert aside  # there was a moment without any
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+def test_two_signals_never_hang(apart):
+    """As `timeout` sends them, to the process and to its group: whatever line of the waiting the first interrupts, and the second of that."""
+    for place in range(1, 25):
+        pid = os.fork()
+        if pid == 0:
+            lines = 0
+
+            def trace(frame, event, arg, place=place):
+                nonlocal lines
+                if event == "line":
+                    lines += 1
+                    if lines == place:
+                        signal.raise_signal(signal.SIGINT)
+                    if lines == place + apart:
+                        signal.raise_signal(signal.SIGTERM)
+                return trace
+
+            signal.setitimer(signal.ITIMER_REAL, 5)  # SIGALRM ends what hangs
+            with StopRequest() as stop:
+                sys.settrace(trace)
+                stop.wait(0.2)
+                sys.settrace(None)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, -signal.SIGTERM), place
