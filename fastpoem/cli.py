@@ -18,7 +18,7 @@ from dataclasses import fields
 from types import FrameType
 from typing import TypeVar, cast
 
-from fastpoem.errors import InputError
+from fastpoem.errors import Ended, InputError
 from fastpoem.run.signals import heeded
 
 Config = TypeVar("Config")
@@ -62,7 +62,8 @@ def _first_paragraph(panel: str) -> str:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 128 + N for signal N; bugs keep their traceback.
+    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 1 for Ended,
+    128 + N for signal N; bugs keep their traceback.
 
     A second signal ends the process at once.
     """
@@ -85,6 +86,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"fastpoem: {error}", file=sys.stderr)
         code = 2
+    except Ended as error:
+        print(f"fastpoem: {error}", file=sys.stderr)
+        code = 1
     except BaseException:  # an interrupted import may raise anything
         if not told:
             raise

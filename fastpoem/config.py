@@ -9,9 +9,11 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 from fastpoem.errors import InputError
+from fastpoem.paths import given_path
 
 HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
 
@@ -121,6 +123,13 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {_between(low, high)}")
+        for name in ("data", "model", "out", "cache_dir"):
+            if (value := getattr(self, name)) is not None:
+                given_path(f"--{name.replace('_', '-')}", value)
+        if self.sample is not None and re.search("[\n\r\0\ud800-\udfff]", self.sample):
+            raise InputError(
+                f"--sample {self.sample!r:.80}", "holds what no poem does", "use characters of UTF-8 on one line"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
         if self.loss_on_padding and self.batching == "pack":
@@ -183,16 +192,19 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
             raise InputError(name, f"{value!r} is not one of them", "use " + " or ".join(allowed))
         return value
     base = kind.split(" |")[0]
-    if base == "str":
-        return str(value)
     fits = {
+        "str": isinstance(value, str | PurePath),
         "bool": isinstance(value, bool),
         "int": isinstance(value, int) and not isinstance(value, bool),
         "float": isinstance(value, int | float) and not isinstance(value, bool),
     }
     if not fits[base]:
         raise InputError(name, f"{value!r} is of the wrong kind", f"give {'True or False' if base == 'bool' else base}")
-    return float(value) if base == "float" else value
+    if base == "float":
+        return (
+            float(max(-(2**1000), min(value, 2**1000))) if isinstance(value, int) else float(value)
+        )  # 10**400 has none
+    return str(value) if base == "str" else value
 
 
 def _between(low: float, high: float) -> str:

@@ -2,6 +2,7 @@
 
 Checkpoints and models both go this way. Tensors are written as safetensors piece by piece, hashed on the way, from the memory they lie in:
 the library's own writer copies every tensor and keeps the interpreter to itself until the disk is done, and training would wait.
+Nothing here imports torch: preparing a text needs none.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 1 << 23  # bytes hashed and written at a time, while they are in the cache
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.uint8: "U8"}
+DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64", "torch.uint8": "U8"}
+REPLACED = ".replaced"
 _SWAP, _HERE = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
 
 
@@ -39,10 +42,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     pieces, end = [], 0
     for name, tensor in ordered:
-        flat = memoryview(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = memoryview(tensor.detach().contiguous().view(-1).numpy()).cast("B")
         pieces.append(flat)
         header[name] = {
-            "dtype": DTYPES[tensor.dtype],
+            "dtype": DTYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + len(flat)],
         }
@@ -77,45 +80,62 @@ def file_hash(path: Path) -> str:
 
 def put(made: Path, goal: Path) -> None:
     """Give the finished folder `made` the name `goal`, on the same disk. A folder that was there is gone afterwards. Raises OSError."""
-    flush_folder(made)
-    goal.parent.mkdir(parents=True, exist_ok=True)
+    flush(made)
+    make_folder(goal.parent)
+    old = made
     if not goal.exists():
         os.rename(made, goal)
-        flush_folder(goal.parent)
-        return
-    if not _exchange(made, goal):  # an old kernel or a foreign file system: for a moment there is no `goal`
-        aside = made.with_name(made.name + "-replaced")
-        discard(aside)
-        os.rename(goal, aside)
+    elif not exchange(made, goal):  # an old kernel or a foreign file system: for a moment there is no `goal`
+        old = aside(made, goal)
+        discard(old)
+        os.rename(goal, old)
         os.rename(made, goal)
-        made = aside
-    flush_folder(goal.parent)
-    discard(made)
+    flush(goal.parent)
+    flush(made.parent)
+    discard(old)
+
+
+def aside(made: Path, goal: Path) -> Path:
+    """Where `put(made, goal)` keeps the folder that makes way: its name tells whose it was."""
+    return made.with_name(f".{goal.name}{REPLACED}")
 
 
 def recover(made: Path, goal: Path) -> None:
     """Undo what a process that died has left of `put(made, goal)` or of its preparation. Only for who holds the folder above."""
-    aside = made.with_name(made.name + "-replaced")
-    if aside.exists() and not goal.exists():
-        os.rename(aside, goal)
-    discard(aside)
+    old = aside(made, goal)
+    if old.exists() and not goal.exists():
+        make_folder(goal.parent)
+        os.rename(old, goal)
+        flush(goal.parent)
+    discard(old)
     discard(made)
 
 
-def discard(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def discard(path: Path) -> None:
+    """Remove a folder, or a file that has its name, as far as that is possible."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
 
 
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's list of names to disk. Raises OSError."""
-    handle = os.open(folder, os.O_RDONLY)
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each known to the disk. Raises OSError."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Swap the names of two folders in one step; False where the system cannot."""
     try:
         swap = ctypes.CDLL(None).renameat2  # Linux, glibc 2.28

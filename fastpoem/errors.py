@@ -1,7 +1,12 @@
-"""The one exception for mistakes of the user: what it names, why it is wrong, and how to mend it.
+"""The exception for mistakes of the user: what it names, why it is wrong, and how to mend it.
 
-Commands print it as one line on stderr and exit with code 2; everything else is a bug and keeps its traceback.
+Commands print it as one line on stderr and exit with code 2. `Ended` is their other line, with exit code 1: a run that the world, not
+its user, brought to an end. Everything else is a bug and keeps its traceback.
 """
+
+
+class Ended(RuntimeError):
+    """A run that could not go on or could not be saved: what happened, and what to do. One line."""
 
 
 class InputError(Exception):

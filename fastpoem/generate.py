@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fastpoem.cli import parse, run_command
 from fastpoem.errors import InputError
+from fastpoem.paths import spelled
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.engine.precision import choose_device
     from fastpoem.model import hub
+    from fastpoem.model.find import resolve_folder
     from fastpoem.model.gpt2 import GPT2
 
-    folder = hub.resolve_folder(config.model)
+    folder = resolve_folder(config.model)
     shape, _ = hub.read_config(folder)
     hub.load_weights(GPT2(shape), folder)  # transformers would make up what is missing, and not say so
     if PoemTokenizer.load(folder).vocab_size > shape.vocab_size:
@@ -80,8 +82,9 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
 
     disable_progress_bar()
     try:
-        network = GPT2LMHeadModel.from_pretrained(folder, use_safetensors=(folder / "model.safetensors").exists())
-        tokenizer = BertTokenizer.from_pretrained(folder)
+        with spelled(folder) as name:
+            network = GPT2LMHeadModel.from_pretrained(name, use_safetensors=(folder / "model.safetensors").exists())
+            tokenizer = BertTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(folder, f"cannot be loaded ({error})", "name the model folder of a finished run") from error
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

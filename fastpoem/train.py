@@ -26,10 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         again += [] if config.resume else ["--resume"]
         voice.say(f"stopped after a complete checkpoint; go on with: {prog} {shlex.join(again)}")
         return 128 + run.stopped_by
-    voice.say(f"the trained model is in {run.model}")
-    if config.sample is not None:
-        for poem in run.generate(config.sample, seed=config.seed):
-            voice.say(poem)
     return 0
 
 

@@ -63,7 +63,7 @@ def arm(fault: dict) -> None:
     loop.RETRY_SECONDS = 0.01
     for name in OPERATIONS:
         setattr(os, name, wrap(name, getattr(os, name)))
-    disk._exchange = wrap("exchange", disk._exchange)
+    disk.exchange = wrap("exchange", disk.exchange)
     if "no_larger_than" in fault:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["no_larger_than"], resource.RLIM_INFINITY))
     if "vanish" in fault:

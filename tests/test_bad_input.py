@@ -1,18 +1,22 @@
 """Bad input: one line that names the thing, the reason and the mend, within seconds, and nothing half-made."""
 
 import gzip
+import io
 import json
+import lzma
 import math
 import os
 import socket
 import subprocess
 import sys
 import time
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastpoem
 from fastpoem.config import RANGES
@@ -61,6 +65,8 @@ TEXTS = {  # name, content -> what the line says
     ("object.json", b'{"a": 1}'): "line 1: is not a JSON list",
     ("cut.txt.gz", gzip.compress(POEM.encode() * 99)[:-20]): "cut.txt.gz: cannot be read",
     ("plain.txt.xz", POEM.encode()): "plain.txt.xz: cannot be read",
+    ("hungry.txt.xz", lzma.compress(POEM.encode(), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}])): "Memory usage limit exceeded); compress it with xz -9 or less",
+    ("tail.txt.xz", lzma.compress(POEM.encode()) + b"junk"): "tail.txt.xz: cannot be read",
     ("few.txt", f"{POEM}\n{POEM}\n".encode()): "2 poems, fewer than a batch of 4; lower --batch-size",
     ("many.txt", b"\n" * 5_000_000): "holds no poem",
 }  # fmt: skip
@@ -83,7 +89,7 @@ def test_a_folder_or_a_device_for_a_text(base, tmp_path):
     (tmp_path / "folder").mkdir()
     assert "without *.json files" in refused(base, tmp_path / "run", data=str(tmp_path / "folder"))
     assert "/dev/null: is not a regular file" in refused(base, tmp_path / "run", data="/dev/null")
-    assert "cannot be read" in refused(base, tmp_path / "run", data="x" * 5000)
+    assert "cannot be a path" in refused(base, tmp_path / "run", data="x" * 5000)
 
 
 def test_poems_of_one_character_and_of_a_million(base, tmp_path):
@@ -110,6 +116,13 @@ def flip(path: Path):
     path.write_bytes(content)
 
 
+def with_manifest(store: Path, change):
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest.pop("checksum")
+    change(manifest)
+    (store / "manifest.json").write_bytes(sealed(manifest))
+
+
 def newer(store: Path):
     manifest = json.loads((store / "manifest.json").read_text())
     manifest.pop("checksum")
@@ -122,6 +135,7 @@ STORES = {
     "flipped lengths": (lambda store: flip(store / "bucket-000.lengths"), "bucket-000.lengths: is damaged"),
     "flipped manifest": (lambda store: flip(store / "manifest.json"), "manifest.json"),
     "newer": (newer, "has version 99"),
+    "a vocabulary of its own": (lambda store: with_manifest(store, lambda manifest: manifest["tokenizer"].update(vocab_size=60000)), "was made with another tokenizer"),
     "foreign": (lambda store: (store / "manifest.json").write_text('{"name": "my app"}'), "is not the manifest of a token store"),
     "a file gone": (lambda store: (store / "rows.bucket").unlink(), "rows.bucket: is missing"),
     "a link": (lambda store: ((store / "rows.bucket").unlink(), (store / "rows.bucket").symlink_to("/etc/hostname")), "rows.bucket: is not a regular file"),
@@ -173,6 +187,27 @@ def as_bin(content):
     return spoil
 
 
+def old_bin(content, model: Path):
+    (model / "model.safetensors").unlink()
+    torch.save(content, model / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+
+def as_bomb(model: Path):
+    """A hundred megabytes of zeros in a hundred kilobytes."""
+    as_bin({"transformer.wte.weight": torch.zeros(25_000_000)})(model)
+    path = model / "pytorch_model.bin"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for entry in plain.infolist():
+            zipped.writestr(entry.filename, plain.read(entry))
+    path.write_bytes(packed.getvalue())
+
+
+def inflated(model: Path):
+    with (model / "model.safetensors").open("ab") as stream:
+        stream.truncate(1 << 31)  # takes no room
+
+
 class Harmful:
     def __reduce__(self):
         return (os.mkdir, ("/tmp/fastpoem-was-here",))
@@ -202,13 +237,21 @@ MODELS = {
     "integers": (lambda model: save_file({"transformer.wte.weight": torch.ones((1901, 16), dtype=torch.int64)}, model / "model.safetensors"), "is torch.int64"),
     "a bin of a list": (as_bin([1, 2, 3]), "something else than named tensors"),
     "a bin of numbers": (as_bin({"transformer.wte.weight": 3}), "something else than named tensors"),
-    "a bin of code": (as_bin({"transformer.wte.weight": Harmful()}), "unreadable weights (UnpicklingError"),
+    "a bin of code": (as_bin({"transformer.wte.weight": Harmful()}), "it holds posix mkdir, not ordinary tensors"),
+    "a bin that is packed": (as_bomb, "it is compressed, and larger than it looks"),
+    "a bin without memory": (as_bin({"transformer.wte.weight": torch.empty(1901, 16, device="meta")}), "_rebuild_meta_tensor_no_storage, not ordinary"),
+    "a sparse bin": (as_bin({"transformer.wte.weight": torch.ones(1901, 16).to_sparse()}), "_rebuild_sparse_tensor, not ordinary"),
+    "a quantized bin": (lambda model: as_bin({"transformer.wte.weight": torch.quantize_per_tensor(torch.ones(1901, 16), 0.1, 0, torch.quint8)})(model), "_rebuild_qtensor, not ordinary"),
+    "a nested bin": (lambda model: as_bin({"transformer.wte.weight": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])})(model), "_rebuild_nested_tensor, not ordinary"),
+    "a bin of an old form": (lambda model: old_bin({"transformer.wte.weight": Harmful()}, model), "it holds posix mkdir"),
+    "weights far too large": (inflated, "2,147,483,648 bytes of weights, its model needs a fraction"),
     "a bin of rubbish": (lambda model: ((model / "model.safetensors").unlink(), (model / "pytorch_model.bin").write_bytes(b"PK rubbish")), "unreadable weights"),
     "an index outside": (lambda model: ((model / "model.safetensors").unlink(), (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../x"}}')), "names a file outside its folder"),
     "an index of nonsense": (lambda model: ((model / "model.safetensors").unlink(), (model / "model.safetensors.index.json").write_text('{"weight_map": [3]}')), "unreadable weights"),
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:.*(quantized|nested) tensor")
 @pytest.mark.parametrize("damage", MODELS)
 def test_models(base, tmp_path, damage):
     model = a_copy(base / "run/model", tmp_path / "model")
@@ -216,6 +259,21 @@ def test_models(base, tmp_path, damage):
     spoil(model)
     assert says in refused(base, tmp_path / "run", model=str(model), from_scratch=False)
     assert not Path("/tmp/fastpoem-was-here").exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_weights_of_a_bin(base, tmp_path, form):
+    """Both forms of pytorch_model.bin are read, and train as the safetensors do."""
+    model = a_copy(base / "run/model", tmp_path / "model")
+    weights = OrderedDict(load_file(model / "model.safetensors"))
+    weights["transformer.wte.weight"] = torch.nn.Parameter(weights["transformer.wte.weight"])
+    old_bin(weights, model) if form == "old" else as_bin(weights)(model)
+    changes = dict(max_steps=2, from_scratch=False)
+    runs = [
+        fastpoem.fit(**settings(base, out=str(tmp_path / source.parent.name), **changes) | dict(model=str(source)))
+        for source in (base / "run/model", model)
+    ]
+    assert runs[0].metrics[0]["loss"] == runs[1].metrics[0]["loss"]
 
 
 NUMBERS = [name for name, _, _ in RANGES]
@@ -255,6 +313,10 @@ def test_the_ends_of_the_ranges_work(base, tmp_path, name, low, high):
         (dict(model="{}/poems.txt"), "no model folder"),
         (dict(max_length=65), "the model has 64 positions"),
         (dict(graphs="on"), "--graphs on"),
+        (dict(sample="春\udcff"), "--sample '春\\udcff': holds what no poem does"),
+        (dict(sample="春\n江"), "use characters of UTF-8 on one line"),
+        (dict(data=b"poems.txt"), "is of the wrong kind"),
+        (dict(lr=10**400), "--lr "),
         (dict(attention="flash"), "--attention flash"),
         (dict(batching="pack", loss_on_padding=True), "packed batches have no padding"),
         (dict(batch_size=58), "fewer than a batch of 58"),
@@ -268,18 +330,71 @@ def test_settings_that_do_not_fit(base, tmp_path, changes, says):
     assert says in refused(base, tmp_path / "run", **changes)
 
 
+@pytest.mark.parametrize("name", ["data", "model", "out", "cache_dir"])
+@pytest.mark.parametrize("value, says", [("", "is empty"), ("a\0b", "holds a NUL"), ("~nobody-here/x", "names a home folder that is not known"),
+                                         ("x" * 300, "cannot be a path (File name too long)"), ("/x" * 3000, "cannot be a path")])  # fmt: skip
+def test_paths_that_cannot_be(base, tmp_path, monkeypatch, name, value, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as refusal:
+        fastpoem.fit(**settings(base) | {name: value})
+    assert str(refusal.value).startswith(f"--{name.replace('_', '-')} '") and says in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_are_not_utf8(base, tmp_path):
+    """They work: bytes are bytes to the disk, and are spelled out where they must be shown or kept as JSON."""
+    odd = os.fsdecode(b"\xff\xfe poems")
+    folder = tmp_path / odd
+    folder.mkdir()
+    model = a_copy(base / "run/model", folder / odd)
+    (folder / f"{odd}.txt").write_bytes((base / "poems.txt").read_bytes())
+    collection = folder / "collection"
+    collection.mkdir()
+    (collection / f"{odd}.json").write_text(json.dumps([{"paragraphs": [POEM]}] * 40))
+    shared = ("--model", os.fsencode(model))
+    train = ("--device", "cpu", "--batch-size", "4", "--max-steps", "2", "--cache-dir", os.fsencode(folder / "cache"))
+    for number, data in enumerate([folder / f"{odd}.txt", collection]):
+        out = folder / f"{odd}{number}"
+        made = command("--data", data, *shared, *train, "--out", out, cwd=tmp_path)[0]
+        assert made.returncode == 0, made.stderr
+        again = command("--data", data, *shared, *train, "--out", out, "--resume", cwd=tmp_path)[0]
+        assert again.returncode == 0 and "nothing is left to do" in again.stdout, again.stderr
+        for file in ("config.json", "checkpoints/step-00000002/state.json"):
+            json.loads((out / file).read_text())
+        store = command("--data", data, *shared, "--out", out / "store", cwd=tmp_path, module="prepare")[0]
+        assert store.returncode == 0, store.stderr
+    poem = command("--model", out / "model", cwd=tmp_path, module="generate")[0]
+    assert poem.returncode == 0, poem.stderr
+
+
+def test_no_home(base, tmp_path, monkeypatch):
+    """A user of no name and no HOME: what needs his cache says so, and trains where it is told another."""
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    fastpoem.fit(**settings(base, out="run", max_steps=1))
+    with pytest.raises(InputError, match="this user has no home folder; set HOME"):
+        fastpoem.fit(max_steps=1, device="cpu", sample=None, out="verses")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_folders_that_cannot_be(base, tmp_path):
     (tmp_path / "file").write_text("")
     for out, says in (
         (tmp_path / "file", "is a file"),
         (tmp_path / "file/below", "is a file"),
-        (tmp_path / ("x" * 300), "cannot be a folder"),
+        (tmp_path / ("x" * 300), "cannot be a path"),
+        (tmp_path / "none" / ("x" * 300), "cannot be"),
         (Path("/proc/none"), "cannot be"),
     ):
         with pytest.raises(InputError, match=says):
             fastpoem.fit(**settings(base, out=str(out)))
-    with pytest.raises(InputError, match="cannot be a folder"):
-        fastpoem.fit(**settings(base, out="a\0b"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").write_text("")
+    with pytest.raises(InputError, match="run/checkpoints: is a file, where a folder is needed"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run")))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
 
 
 def test_a_read_only_folder(base, tmp_path, monkeypatch):
@@ -312,6 +427,8 @@ def command(*arguments, cwd, module="train", **environment):
         (["--batch_sise=3"], "--batch-size"),
         (["--seed", "9" * 5000], "--seed"),
         (["--epochs", ""], "--epochs"),
+        (["--out", ""], "--out '': is empty; give the path"),
+        (["--lr", "9" * 400], "--lr inf: out of range"),
         (["--\ud800"], "no such flag"),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from fastpoem.corpus import make
 from fastpoem.corpus.manifest import FORMAT, MANIFEST, ROW_MAP, VERSION, sealed
@@ -432,7 +433,93 @@ def test_a_living_runs_folder_is_left_alone(tmp_path: Path, tokenizer: PoemToken
     assert TokenStore.open(tmp_path / "second").rows == 2
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_killed_while_a_store_is_replaced(
+    tmp_path: Path, tokenizer: PoemTokenizer, monkeypatch: pytest.MonkeyPatch, exchanges: bool
+) -> None:
+    """At every rename and removal: the old store or the new one, if need be once another preparation has begun."""
+    monkeypatch.setattr(make, "GRACE_SECONDS", -1)
+    if not exchanges:
+        monkeypatch.setattr(make, "exchange", lambda one, other: False)
+    old, new = text(tmp_path / "old.txt", ["春"]), text(tmp_path / "new.txt", ["春", "江"])
+    found, place, status = set(), 0, None
+    while status != 3:
+        place += 1
+        shutil.rmtree(tmp_path / "stores", ignore_errors=True)
+        prepare_store(old, tokenizer, tmp_path / "stores/store")
+        pid = os.fork()
+        if pid == 0:
+            killed_at(place)
+            try:
+                prepare_store(new, tokenizer, tmp_path / "stores/store")
+            finally:
+                os._exit(3)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        there = is_store(tmp_path / "stores/store")
+        prepare_store(old, tokenizer, tmp_path / "stores/other")  # which sweeps
+        store = TokenStore.open(tmp_path / "stores/store")
+        store.verify()
+        found.add((there, store.rows))
+        assert {path.name for path in (tmp_path / "stores").iterdir()} == {"store", "other"}
+    assert found == {(True, 1), (True, 2)} | (set() if exchanges else {(False, 1)})
+
+
+def killed_at(place: int) -> None:
+    """Have this process die before its so-many-th rename, unlink or fsync."""
+    done = 0
+
+    def wrap(inner: Any) -> Any:
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return inner(*args, **kwargs)
+
+        return outer
+
+    for name in ("rename", "unlink", "fsync"):
+        setattr(os, name, wrap(getattr(os, name)))
+
+
+def test_poems_with_nothing_to_predict_are_refused(tmp_path: Path, folder: Path) -> None:
+    """A tokenizer that frames no poem leaves one token of a poem of one character."""
+    model = tmp_path / "model"
+    model.mkdir()
+    library = PoemTokenizer.load(folder).library
+    library.post_processor = processors.Sequence([])
+    library.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}'
+    )
+    bare = PoemTokenizer.load(model)
+    assert prepare_store(text(tmp_path / "fine.txt", ["春江", "江春"]), bare, tmp_path / "fine").rows == 2
+    with pytest.raises(InputError, match=r"poems.txt: 1 of its poems are fewer than 2 tokens"):
+        prepare_store(text(tmp_path / "poems.txt", ["春江", "春"]), bare, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 # The command
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "generate"])
+def test_help_and_refusals_do_not_wait_for_torch(tmp_path: Path, folder: Path, command: str) -> None:
+    code = (
+        "import sys, runpy\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=False)\n"
+        "finally:\n    assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    flags = {
+        "prepare": ["--data", str(text(tmp_path / "poems.txt", ["春江"])), "--model", str(folder), "--out", "store"],
+        "train": ["--lr", "nan"],
+        "generate": ["--model", "m", "--count", "0"],
+    }[command]
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    for arguments, status in ((["--help"], 0), (flags, 0 if command == "prepare" else 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code, f"fastpoem.{command}", *arguments], cwd=tmp_path, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
 
 
 def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -457,6 +544,7 @@ def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture
         (["--model", str(tmp_path)], str(tmp_path)),
         (["--convert", "klingon"], "is no OpenCC conversion"),
         (["--bukets", "3"], "--buckets"),
+        (["--data", str(tmp_path / "store")], "is a token store already"),
     ):
         with pytest.raises(InputError) as caught:
             main([*flags, *wrong])

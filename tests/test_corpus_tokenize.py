@@ -179,6 +179,15 @@ def test_a_tokenizer_saved_by_transformers_is_the_same(tmp_path: Path, name: str
     assert [file.name for file in again.files] == ["tokenizer.json", "tokenizer_config.json"]
 
 
+@pytest.mark.parametrize("added", ["<abcdefghijk>", ",.;:!?", "[abcdefghijk,.;:!?]"])
+def test_an_added_token_of_all_the_guards(tmp_path: Path, added: str) -> None:
+    """No character is left to ask beside: the library does it all."""
+    folder = folder_of(tmp_path, next(iter(VARIANTS)))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"additional_special_tokens": [added]}))
+    assert_same(PoemTokenizer.load(folder), reference(folder), [f"春{added}a,b", "江月，", "abc ,."], 12)
+
+
 def test_the_table_does_the_work_where_it_can(tmp_path: Path) -> None:
     tokenizer = PoemTokenizer.load(folder_of(tmp_path, "plain"))
     proven = [

@@ -18,11 +18,16 @@ from pathlib import Path
 import pytest
 
 import fastpoem
+from fastpoem.config import from_kwargs
 from fastpoem.corpus.store import TokenStore
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import checkpoint
+from fastpoem.run.fit import assembled
+from fastpoem.run.folder import Taken
+from fastpoem.run.metrics import Voice
+from fastpoem.run.signals import StopRequest
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -300,12 +305,12 @@ def test_each_operation_of_exporting_the_model(scratch):
 def test_without_exchange_a_killed_export_is_put_back(tmp_path, monkeypatch):
     from fastpoem import disk
 
-    monkeypatch.setattr(disk, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(disk, "exchange", lambda one, other: False)
     folder = tmp_path / "model"
     for value in (1.0, 2.0):
         hub.write_folder(folder, small_tensors(value)["model.safetensors"], {})
     content = (folder / "model.safetensors").read_bytes()
-    folder.rename(tmp_path / ".model.partial-replaced")  # killed between its two renames
+    folder.rename(tmp_path / ".model.replaced")  # killed between its two renames
     disk.recover(hub.partial(folder), folder)
     assert (folder / "model.safetensors").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -424,10 +429,6 @@ def flips(base, run: Path, count: int, seed: int) -> dict[str, int]:
 
 
 def _live_tensors(base):
-    from fastpoem.config import from_kwargs
-    from fastpoem.run.fit import assembled
-    from fastpoem.run.metrics import Voice
-
     out = base / f"tensors-{time.monotonic_ns()}"
     with assembled(from_kwargs(**settings(base, out=str(out))), Voice(quiet=True)) as (loop, _):
         return loop.tensors()
@@ -483,3 +484,100 @@ def test_the_command_stops_before_training_too(tmp_path, number, delay):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert "Traceback" not in err and err.count("\n") <= 1
+
+
+@pytest.mark.parametrize("other", ["began", "ended"])
+def test_a_folder_that_is_another_runs_by_now(base, server, untouched, tmp_path, other):
+    """Removed under a running run, and taken by another: the first writes nothing into it and says so."""
+    out = tmp_path / "run"
+    config = from_kwargs(**settings(base, out=str(out), **SHORT))
+    with assembled(config, Voice(quiet=True)) as (loop, export), StopRequest() as stop:
+        loop.one_step()
+        shutil.rmtree(out)
+        pid = server.start(settings(base, out=str(out), **SHORT), {"stall": 3} if other == "began" else None)
+        if other == "began":
+            while "writing" not in server.said():
+                time.sleep(0.02)
+        else:
+            assert server.wait() == 0
+        with pytest.raises(Taken, match=r"was removed while this run was writing there, and another run has it now"):
+            loop.run(stop)
+        with pytest.raises(Taken):
+            export(out / "model")
+        loop.save()
+        with pytest.raises(Taken):
+            loop.saver.wait()
+    if other == "began":
+        assert pid and server.wait() == 0, server.said()
+    assert_same(untouched(**SHORT), out)
+    assert_tidy(out)
+
+
+def test_the_command_that_lost_its_folder_says_it_in_a_line(base, server, tmp_path):
+    arguments = ["--data", str(base / "poems.txt"), "--model", str(base / "model"), "--from-scratch", "--out", "run"]
+    arguments += ["--device", "cpu", "--epochs", "100000", "--batch-size", "4", "--log-every", "5"]
+    process = command(*arguments, cwd=tmp_path)
+    for line in process.stdout:
+        if "step 10/" in line:
+            break
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.lock").write_text("")
+    (tmp_path / "run").rename(tmp_path / "gone")  # in its place, in a moment, another's
+    (tmp_path / "other").rename(tmp_path / "run")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1 and err.count("\n") == 1, err
+    assert err.startswith("fastpoem: run was removed while this run was writing there")
+
+
+def test_without_exchange_a_killed_checkpoint_is_put_back(scratch, monkeypatch):
+    """Killed at each operation of writing a step's checkpoint anew, where the file system renames twice."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    import run_server
+
+    monkeypatch.setattr("fastpoem.disk.exchange", lambda one, other: False)
+    run, place, status, aside = scratch / "run", 0, None, 0
+    while status != 3:
+        place += 1
+        shutil.rmtree(run, ignore_errors=True)
+        write_small(run, 1, small_tensors(1.0))
+        pid = os.fork()
+        if pid == 0:
+            try:
+                run_server.arm({"kill_at": place})
+                write_small(run, 1, small_tensors(2.0))
+            finally:
+                os._exit(3)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        aside += not checkpoint.listed(run)
+        checkpoint.clean(run)
+        _, values, passed = read_small(run)
+        assert passed == [] and values in ({1.0}, {2.0}), place
+        assert [path.name for path in run.iterdir()] == ["checkpoints"]
+    assert aside  # there was a moment without any
+
+
+@pytest.mark.parametrize("apart", [1, 3])
+def test_two_signals_never_hang(apart):
+    """As `timeout` sends them, to the process and to its group: whatever line of the waiting the first interrupts, and the second of that."""
+    for place in range(1, 25):
+        pid = os.fork()
+        if pid == 0:
+            lines = 0
+
+            def trace(frame, event, arg, place=place):
+                nonlocal lines
+                if event == "line":
+                    lines += 1
+                    if lines == place:
+                        signal.raise_signal(signal.SIGINT)
+                    if lines == place + apart:
+                        signal.raise_signal(signal.SIGTERM)
+                return trace
+
+            signal.setitimer(signal.ITIMER_REAL, 5)  # SIGALRM ends what hangs
+            with StopRequest() as stop:
+                sys.settrace(trace)
+                stop.wait(0.2)
+                sys.settrace(None)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, -signal.SIGTERM), place

@@ -148,7 +148,7 @@ def test_any_bytes_for_metrics(tmp_path_factory, content, size, done):
     """Only whole rows of steps that were done remain, in rising order."""
     folder = tmp_path_factory.mktemp("metrics")
     (folder / "metrics.jsonl").write_bytes(content)
-    metrics = Metrics(folder, done=done, keep=Mark(size, "0" * 64), say=lambda line: None)
+    metrics = Metrics(folder, done=done, keep=Mark(size, "0" * 64), say=lambda line: None, hold=lambda: None)
     metrics.write({"step": done + 1, "loss": 1.0})
     metrics.close()
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]

@@ -15,6 +15,7 @@ from fastpoem.corpus.feed import Shape
 from fastpoem.engine.batch import assemble
 from fastpoem.errors import InputError
 from fastpoem.model import hub, ops
+from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2
 
 
@@ -148,7 +149,7 @@ def test_a_damaged_folder_is_refused_by_name(small_model, tmp_path, damage, says
     shutil.copytree(small_model, folder)
     damage(folder)
     with pytest.raises(InputError, match=says) as error:
-        ours(hub.resolve_folder(str(folder)))
+        ours(resolve_folder(str(folder)))
     assert str(tmp_path) in str(error.value)
 
 
@@ -161,7 +162,7 @@ def edit(folder, **changes):
                                         ("nobody/nothing", "hub")])  # fmt: skip
 def test_a_model_that_is_not_there(name, says):
     with pytest.raises(InputError, match=says):
-        hub.resolve_folder(name)
+        resolve_folder(name)
 
 
 def test_gradients_written_in_place_are_autograds(small_model):

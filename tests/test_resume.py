@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,14 +13,16 @@ import pytest
 import torch
 
 import fastpoem
+from fastpoem.config import from_kwargs
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import Totals, TrainStep
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
+from fastpoem.run import fit as fit_module
 from fastpoem.run import loop as loop_module
 from fastpoem.run.fit import assembled
-from fastpoem.run.loop import Diverged, Loop
+from fastpoem.run.loop import Diverged, Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 
@@ -484,3 +487,130 @@ def test_settings_that_a_ready_store_cannot_follow_are_refused(base, tmp_path, c
     with pytest.raises(InputError, match=says):
         fastpoem.fit(**settings(base, data=str(tmp_path / "store"), out=str(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_cut_runs_last_row_told_is_told_again_when_it_goes_on(base, untouched, tmp_path, monkeypatch, capsys):
+    """The row of a step that only --max-steps had logged goes; the skipped steps and the spike in it do not."""
+    note = loop_module.Watch.note
+
+    def spiking(self, loss):
+        count.append(0)
+        note(self, torch.tensor(99.0) if len(count) == 36 else loss)
+
+    monkeypatch.setattr(loop_module.Watch, "note", spiking)
+    logits_of_nan(monkeypatch, {32, 34})
+    common = settings(base, log_every=10, schedule="constant")
+    count: list[int] = []
+    whole = fastpoem.fit(**common, out=str(tmp_path / "whole"))
+    count.clear()
+    cut = fastpoem.fit(**common, out=str(tmp_path / "cut"), max_steps=36)
+    row = next(row for row in cut.metrics if row["step"] == 36)
+    assert row["skipped"] == 2 and row["spike_step"] == 36
+    fastpoem.fit(**common, out=str(tmp_path / "cut"), resume=True)
+    assert_same(whole.folder, tmp_path / "cut")
+
+
+def test_a_run_that_is_past_what_is_asked_for_says_so(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    first = fastpoem.fit(**settings(base, out=str(out), epochs=2))
+    again = fastpoem.fit(**settings(base, out=str(out), epochs=2, max_steps=5, resume=True))
+    assert "step 28 (past the 5 asked for) is done: nothing is left to do" in capsys.readouterr().out
+    assert again.metrics == first.metrics
+
+
+def test_checkpoints_that_vanish_while_a_command_begins(base, tmp_path, monkeypatch):
+    """A model without its weights is never trained on."""
+    source = fastpoem.fit(**settings(base, out=str(tmp_path / "source"), max_steps=1)).model
+    common = settings(base, out=str(tmp_path / "run"), max_steps=3) | dict(model=str(source), from_scratch=False)
+    fastpoem.fit(**common)
+    resume = fit_module._resume
+
+    def late(*given):
+        shutil.rmtree(tmp_path / "run/checkpoints")
+        return resume(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit_module, "_resume", late)
+        with pytest.raises(InputError, match="its checkpoints vanished while this command began"):
+            fastpoem.fit(**common, resume=True)
+    before = rows(fastpoem.fit(**common | dict(out=str(tmp_path / "fresh"))).folder)
+    assert rows(fastpoem.fit(**common, resume=True).folder) == before  # now it begins, with the model's weights
+
+
+def test_the_newest_checkpoint_that_is_named_is_whole(base, tmp_path, monkeypatch):
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), save_every=4, max_steps=8))
+    newest = tmp_path / "run/checkpoints/step-00000008/model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    monkeypatch.setattr(loop_module.checkpoint, "write", lambda *given: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(loop_module, "PATIENCE", 0)
+    with pytest.raises(NotSaved, match=r"the newest checkpoint is .*/step-00000004: make room"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=10, resume=True))
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_names_them(base, tmp_path, monkeypatch):
+    order = []
+    flush, write = loop_module.disk.flush, loop_module.checkpoint.write
+    monkeypatch.setattr(loop_module.disk, "flush", lambda path: (order.append(path.name), flush(path)))
+    monkeypatch.setattr(loop_module.checkpoint, "write", lambda *given: (order.append("write"), write(*given)))
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
+    assert order[order.index("write") - 1] == "metrics.jsonl"
+
+
+def test_a_disk_that_is_full_at_the_very_start(base, tmp_path, monkeypatch):
+    """The command may simply be given again."""
+    from fastpoem.run import folder
+
+    with monkeypatch.context() as patch:
+
+        def full(*given):
+            raise OSError(28, "No space left on device")
+
+        patch.setattr(folder.disk, "write_bytes", full)
+        with pytest.raises(
+            InputError, match=r"cannot be written \(No space left on device\); mend its permissions, make room"
+        ):
+            fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
+    run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
+    assert_tidy(run.folder)
+    with pytest.raises(InputError, match="holds a run already"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
+
+
+def test_tensorboards_disk_is_full(base, untouched, tmp_path, monkeypatch, capsys):
+    """The curves end, training does not."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
+    run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), tensorboard=True))
+    assert capsys.readouterr().out.count("TensorBoard's curves end here, they could not be written: [Errno 28]") == 1
+    assert rows(run.folder) == rows(untouched())
+
+
+@pytest.mark.parametrize(
+    "watch", [dict(count=64), dict(count=-1), dict(window=[1.0] * 101), dict(window=[math.nan])], ids=repr
+)
+def test_a_watch_that_nobody_wrote_is_damage(base, tmp_path, watch):
+    with assembled(from_kwargs(**settings(base, out=str(tmp_path / "run"))), Voice(quiet=True)) as (loop, _):
+        state = json.loads(json.dumps(loop.state()))
+    check_state(state)
+    with pytest.raises(loop_module.checkpoint.Damaged):
+        check_state(state | {"watch": state["watch"] | watch})
+
+
+def test_a_poem_at_the_end_from_python_too(base, tmp_path, capsys):
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1, sample="春"))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("春")
+
+
+def test_memory_that_is_not_there_is_refused_before_it_is_taken(base, tmp_path, monkeypatch):
+    """Weights, gradient, two moments and three copies for the checkpoint: 28 bytes a parameter."""
+    parameters = fit_module.hub.count_parameters(fit_module.hub.read_config(base / "model")[0])
+    memory = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 28 * parameters - 1}
+    monkeypatch.setattr(os, "sysconf", memory.__getitem__)
+    with pytest.raises(InputError, match="GiB to train, this machine has"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
+    memory["SC_PHYS_PAGES"] += 1
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))

@@ -36,12 +36,12 @@ from fastpoem.corpus.manifest import (
 )
 from fastpoem.corpus.read import Block, read_blocks, source_files
 from fastpoem.corpus.tokenize import EncodeStats, PoemTokenizer
-from fastpoem.disk import discard, flush_folder
+from fastpoem.disk import discard, exchange, flush, make_folder
 from fastpoem.errors import InputError
 
 CHUNK_TOKENS = 1 << 20  # of the spill, at a time
 KEPT_UNKNOWN = 50
-TEMPORARY = ".fastpoem-making-"
+TEMPORARY, OLD = ".fastpoem-making-", ".fastpoem-old-"
 LOCK = "lock"
 GRACE_SECONDS = 60
 
@@ -66,7 +66,7 @@ def make_store(
         with open(folder / MANIFEST, "wb") as stream:
             stream.write(sealed(manifest))
             _flush(stream)
-        flush_folder(folder)
+        flush(folder)
         _publish(folder, out.resolve())
 
 
@@ -108,7 +108,7 @@ def source_digest(source: Path) -> dict[str, Any]:
         return {"name": source.name, "size": size, "sha256": file_hash(source)}
     total = hashlib.sha256()
     for path in files:
-        total.update(f"{path.relative_to(source)}\0{file_hash(path)}\n".encode())
+        total.update(os.fsencode(f"{path.relative_to(source)}\0{file_hash(path)}\n"))
     return {"name": source.resolve().name, "size": size, "sha256": total.hexdigest()}
 
 
@@ -157,6 +157,9 @@ def _make(
             rows += len(block.lines)
             if progress:
                 progress(rows)
+    if short := int(histogram[:2].sum()):
+        reason = f"{short:,} of its poems are fewer than 2 tokens, as this model's tokenizer frames none"
+        raise InputError(source, reason, "remove the poems of one character, or use a tokenizer with [CLS] and [SEP]")
     edges = choose_buckets(histogram, count)
     files = _scatter(names[0], names[1], folder, edges, tokenizer)
     duplicates = _duplicates(names[2], rows)
@@ -279,7 +282,7 @@ def _making(out: Path) -> Iterator[Path]:
     """A fresh hidden folder beside `out` that is gone afterwards, and the dead runs' like it now."""
     parent = out.resolve().parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_folder(parent)
         _sweep(parent)
         folder = parent / f"{TEMPORARY}{out.name}-{secrets.token_hex(6)}"
         folder.mkdir()
@@ -296,7 +299,11 @@ def _making(out: Path) -> Iterator[Path]:
 
 
 def _sweep(parent: Path) -> None:
-    """Remove the folders that runs which are no more have left in `parent`."""
+    """Put back or remove the folders that runs which are no more have left in `parent`."""
+    for old in parent.glob(f"{OLD}*"):
+        with contextlib.suppress(OSError):  # onto a store that is not empty no folder can be renamed
+            old.rename(parent / old.name.removeprefix(OLD).split("-", 1)[-1])
+        discard(old)
     for folder in parent.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
             try:
@@ -310,20 +317,22 @@ def _sweep(parent: Path) -> None:
 
 def _publish(folder: Path, goal: Path) -> None:
     """Give the finished `folder` the name `goal`, what is there making way. The lock goes along and is dropped last."""
-    while True:
-        old = goal.parent / f"{TEMPORARY}old-{secrets.token_hex(6)}"
+    while not exchange(folder, goal):  # nothing is there, or the file system cannot: for a moment there is no `goal`
+        old = goal.parent / f"{OLD}{secrets.token_hex(6)}-{goal.name}"
         with contextlib.suppress(FileNotFoundError):
             goal.rename(old)
         try:
             folder.rename(goal)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                with contextlib.suppress(OSError):
+                    old.rename(goal)
                 raise
-            continue  # another run has just put its own there
-        finally:
+            discard(old)  # another run has just put its own there
+        else:
             discard(old)
-        break
-    flush_folder(goal.parent)
+            break
+    flush(goal.parent)
     (goal / LOCK).unlink(missing_ok=True)
 
 

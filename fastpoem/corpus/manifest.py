@@ -132,7 +132,7 @@ def _tallies(histogram: list[list[int]], edges: list[int]) -> list[int] | None:
     tallies = [0] * (1 + len(edges))
     for length, poems in histogram:
         index = bisect.bisect_left(edges, length)
-        if not length >= 1 or index == len(edges):
+        if not length >= 2 or index == len(edges):
             return None
         tallies[0] += length * poems
         tallies[1 + index] += poems

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import WordPiece
 
 from fastpoem.errors import InputError
+from fastpoem.paths import spelled
 
 FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 BERT_DEFAULTS = {
@@ -43,6 +44,9 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
     if not folder.is_dir():
         raise InputError(folder, "is not a folder", "name a model folder with vocab.txt or tokenizer.json")
     files = tuple(folder / name for name in FILES if (folder / name).is_file())
+    for path in files:
+        if path.stat().st_size > LARGEST_FILE:
+            raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
     config = _object(folder / "tokenizer_config.json")
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
@@ -57,7 +61,7 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         if kind in ("BertTokenizer", "BertTokenizerFast"):
             library, names = _bert(folder, config, has_json)
         elif has_json:
-            library = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            library = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             names, extra = _named(folder, config)
             _add(library, {}, names, extra)
         else:
@@ -73,7 +77,11 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
 
 def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokenizer, dict[str, AddedToken | str]]:
     saved = _object(folder / "tokenizer.json") if has_json else {}
-    vocab = saved["model"]["vocab"] if has_json else WordPiece.read_file(str(folder / "vocab.txt"))
+    if has_json:
+        vocab = saved["model"]["vocab"]
+    else:
+        with spelled(folder / "vocab.txt") as name:
+            vocab = WordPiece.read_file(name)
     given, extra = _named(folder, config)
     names = BERT_DEFAULTS | given
     added = _added(folder, config, saved, names)
@@ -168,8 +176,6 @@ def _object(path: Path) -> dict[str, Any]:
     """The JSON object in a file, {} where there is no such file."""
     if not path.is_file():
         return {}
-    if path.stat().st_size > LARGEST_FILE:
-        raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

@@ -19,6 +19,7 @@ from typing import IO, Any
 from fastpoem.errors import InputError
 
 PIECE_BYTES = 1 << 21
+XZ_BYTES = 1 << 28  # to decompress with: xz -9 takes a quarter of it
 LONGEST_CHARS = 1 << 24  # of one line or one JSON value: beyond it the file is not poems, and memory must stay bounded
 TEXT_KEYS = ("paragraphs", "text", "content")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -261,16 +262,50 @@ def _pieces(path: Path, piece_bytes: int) -> Iterator[str]:
                 number += _newlines(data)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(path, f"cannot be read ({reason})", "check that the file is whole and readable") from None
+        mend = "compress it with xz -9 or less" if "Memory" in reason else "check that the file is whole and readable"
+        raise InputError(path, f"cannot be read ({reason})", mend) from None
 
 
 def _open(path: Path) -> IO[bytes]:
     suffix = path.suffix.lower()
     if suffix == ".xz":
-        return lzma.open(path)
+        return _Xz(path)  # type: ignore[return-value]
     if suffix == ".gz":
         return gzip.open(path)  # type: ignore[return-value]
     return open(path, "rb")
+
+
+class _Xz:
+    """`lzma.open`, in bounded memory: a file may ask for a dictionary of 4 GiB."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._left, self._stream = open(path, "rb"), b"", self._begin()  # noqa: SIM115
+
+    def __enter__(self) -> "_Xz":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes, b"" at the end. Raises LZMAError, EOFError."""
+        while True:
+            if self._stream.eof:  # another stream may follow, after zeros that align it
+                self._left = self._stream.unused_data.lstrip(b"\0") or self._file.read(PIECE_BYTES).lstrip(b"\0")
+                if not self._left:
+                    return b""
+                self._stream = self._begin()
+            if self._stream.needs_input and not self._left:
+                self._left = self._file.read(PIECE_BYTES)
+                if not self._left:
+                    raise EOFError("it ends in the middle")
+            data, self._left = self._stream.decompress(self._left, size), b""
+            if data:
+                return data
+
+    @staticmethod
+    def _begin() -> lzma.LZMADecompressor:
+        return lzma.LZMADecompressor(memlimit=XZ_BYTES)
 
 
 def _newlines(data: bytes | str) -> int:

@@ -10,8 +10,8 @@ one byte a row and a checkpoint every RANK_STRIDE rows find any row in constant 
 sizes in milliseconds, `verify` reads and hashes every file.
 """
 
+import contextlib
 import hashlib
-import os
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from fastpoem.corpus.make import check_goal, check_settings, make_store, source_
 from fastpoem.corpus.manifest import MEND, ROW_MAP, VERSION, bucket_files, file_hash, identity, is_store, read_manifest
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
+from fastpoem.paths import user_cache
 
 __all__ = ["Bucket", "TokenStore", "cached_store", "is_store", "prepare_store", "summarise"]
 
@@ -129,8 +130,8 @@ class TokenStore:
                 raise InputError(self.path / name, "is damaged: its hash is not the recorded one", MEND)
         for index, bucket in enumerate(self.buckets):
             tokens_name, lengths_name = bucket_files(index)
-            if bucket.lengths.min() < 1 or bucket.lengths.max() > bucket.length:
-                raise InputError(self.path / lengths_name, f"holds a length outside 1..{bucket.length}", MEND)
+            if bucket.lengths.min() < 2 or bucket.lengths.max() > bucket.length:
+                raise InputError(self.path / lengths_name, f"holds a length outside 2..{bucket.length}", MEND)
             step = max(1, SLICE_BYTES // (bucket.length * self.dtype.itemsize))
             for begin in range(0, bucket.rows, step):
                 if int(bucket.tokens[begin : begin + step].max()) >= self.vocab_size:
@@ -230,9 +231,10 @@ def summarise(store: TokenStore) -> list[str]:
 
 
 def _cache_folders(source: Path) -> list[Path]:
-    beside = source.resolve().parent / ".fastpoem"
-    home = os.environ.get("XDG_CACHE_HOME")
-    return [beside, (Path(home) if home else Path.home() / ".cache") / "fastpoem"]
+    folders = [source.resolve().parent / ".fastpoem"]
+    with contextlib.suppress(InputError):  # no home
+        folders.append(user_cache())
+    return folders
 
 
 def _check_size(path: Path, size: int) -> None:

@@ -36,6 +36,7 @@ ID_BITS = 24
 ID_MASK = (1 << ID_BITS) - 1
 LOOSE, SILENT, UNPROVEN, UNSEEN, START, END = (1 << (ID_BITS + bit) for bit in range(6))
 ASK_AT_ONCE = 4096
+GUARDS = "abcdefghijk", ",.;:!?"
 MOST_WORDS, LONGEST_WORD = 1 << 16, 64  # kept in memory
 
 
@@ -173,7 +174,7 @@ class _Table:
         self.added_chars = {char for text in normalized for char in ("".join(text.split()) or text)}
         # An added token cuts the text like punctuation would, so the guards must be part of none.
         self.letter, self.comma = (
-            next(char for char in chars if char not in "".join(raw + normalized)) for chars in ("abcdefghijk", ",.;:!?")
+            next(char for char in chars if char not in "".join(raw + normalized)) for chars in GUARDS
         )
         self.words: dict[str, list[int] | None] = {}  # ids of words of LOOSE characters, None for UNPROVEN ones
         self.letter_ids, self.comma_ids = self._ids([self.letter, self.comma])
@@ -265,6 +266,10 @@ def _is_bert(library: Tokenizer, rules: dict, special: SpecialIds) -> bool:
         return False  # two tokens with one id: an id no longer tells which token stood there
     frame = [special.cls, special.sep]
     inner = library.encode("a,", add_special_tokens=False).ids
+    texts = [token["content"] for token in rules["added_tokens"]]
+    texts += [library.normalizer.normalize_str(text) for text in texts]
+    if any(not set(chars) - set("".join(texts)) for chars in GUARDS):
+        return False  # no character to ask beside: all are part of an added token
     return library.encode("").ids == frame and library.encode("a,").ids == [special.cls, *inner, special.sep]
 
 

@@ -6,10 +6,15 @@ Weights are read from safetensors, or from pytorch_model.bin as plain tensors (`
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import os
+import pickletools
+import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file
@@ -18,48 +23,12 @@ from torch import Tensor
 from fastpoem import disk
 from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import ACTIVATIONS, GPT2, GPT2Config
+from fastpoem.paths import spelled
 
 BUNDLED = Path(__file__).parent.parent / "assets"  # the verses and the small model of the embedded default
 WEIGHTS = "model.safetensors"
-HUB_SECONDS = 10.0
 MOST_LAYERS = 1024
 LARGEST_CONFIG = 1 << 20
-_WANTED = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
-
-
-def resolve_folder(name_or_dir: str) -> Path:
-    """The local folder of a model: itself, or the download of a Hugging Face name. Raises InputError where there is neither."""
-    folder = Path(name_or_dir).expanduser()
-    if (folder / "config.json").is_file():
-        return folder
-    if folder.exists():
-        raise InputError(folder, "no model folder: it has no config.json", "name a folder in Hugging Face format")
-    looks_local = folder.is_absolute() or name_or_dir.startswith(".") or name_or_dir.count("/") != 1
-    if looks_local:
-        raise InputError(
-            name_or_dir, "no such folder", "check the path, or give a Hugging Face name such as owner/model"
-        )
-    path = _fetch(name_or_dir)
-    if not (path / "config.json").is_file():
-        raise InputError(name_or_dir, "its repository has no config.json", "name a GPT-2 model in Hugging Face format")
-    return path
-
-
-def _fetch(name: str) -> Path:
-    """The folder of a Hugging Face name, from the hub, or from its cache where the hub does not answer in time."""
-    from huggingface_hub import HfApi, constants, snapshot_download
-
-    refusal = None
-    try:
-        HfApi().repo_info(name, timeout=HUB_SECONDS)  # snapshot_download asks the same without a time limit
-    except Exception as error:  # the library raises a dozen kinds: no network, no such name, gated, offline mode
-        refusal = error
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=refusal is not None))
-    except Exception as error:
-        reason = f"it could not be fetched from the hub at {constants.ENDPOINT} ({type(refusal or error).__name__})"
-        mend = "check the name and the network, set HF_ENDPOINT to a mirror, or give --model a folder fetched elsewhere"
-        raise InputError(name, reason, mend) from error
 
 
 def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
@@ -121,6 +90,12 @@ def count_parameters(shape: GPT2Config) -> int:
 def load_weights(model: GPT2, folder: Path) -> None:
     """Copy a folder's weights into `model`. Raises InputError where they are missing, damaged or of another shape."""
     prefix, mend = "transformer.", "use the weights that belong to this config.json"
+    shape = model.config
+    most = 32 * count_parameters(shape) + 8 * shape.n_layer * shape.n_positions**2 + (1 << 20)  # with masks, in double
+    if (
+        size := sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+    ) > most:
+        raise InputError(folder, f"holds {size:,} bytes of weights, its model needs a fraction of them", mend)
     found = {
         name if name.startswith((prefix, "lm_head.")) else prefix + name: tensor
         for name, tensor in _read_tensors(folder).items()
@@ -154,16 +129,18 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     index, path = folder / "model.safetensors.index.json", folder / WEIGHTS
     try:
         if path.is_file():
-            return load_file(path)
+            return _load(path)
         if index.is_file():
             path = index
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             if any(Path(shard).name != shard for shard in shards):
                 raise ValueError("it names a file outside its folder")
-            return {name: tensor for shard in sorted(shards) for name, tensor in load_file(folder / shard).items()}
+            return {name: tensor for shard in sorted(shards) for name, tensor in _load(folder / shard).items()}
         path = folder / "pytorch_model.bin"
         if path.is_file():
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as stream:
+                _refuse_more_than_tensors(stream)
+                content = torch.load(stream, map_location="cpu", weights_only=True)
             if not isinstance(content, dict) or not all(
                 isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
             ):
@@ -175,6 +152,37 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     raise InputError(
         folder, "no weights (model.safetensors or pytorch_model.bin)", "add them, or train with --from-scratch"
     )
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    with spelled(path) as name:
+        return load_file(name)
+
+
+_PLAIN = re.compile(
+    r"collections OrderedDict|torch \w+Storage|torch._utils (_rebuild_tensor|_rebuild_tensor_v2|_rebuild_parameter)"
+)
+
+
+def _refuse_more_than_tensors(stream: BinaryIO) -> None:
+    """Raises ValueError for a .bin of anything but ordinary tensors, or of more than its size: `weights_only` keeps code out, but builds
+    sparse, nested and quantized tensors, ones without memory, and ones that take far more of it than the file. Leaves `stream` at its start."""
+    if stream.read(4) == b"PK\3\4":
+        entries = zipfile.ZipFile(stream).infolist()
+        if sum(entry.file_size for entry in entries) > stream.seek(0, os.SEEK_END):
+            raise ValueError("it is compressed, and larger than it looks")
+        pickles = [zipfile.ZipFile(stream).read(entry) for entry in entries if entry.filename.endswith("data.pkl")]
+        parts: list[Any] = [io.BytesIO(content) for content in pickles]
+    else:
+        stream.seek(0)
+        parts = [stream] * 4  # of the form before 1.6: a number, a version, a machine, and what was saved
+    for part in parts:
+        for opcode, argument, _ in pickletools.genops(part):
+            if opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
+                raise ValueError(f"its pickle uses {opcode.name}")
+            if opcode.name == "GLOBAL" and not _PLAIN.fullmatch(str(argument)):
+                raise ValueError(f"it holds {argument}, not ordinary tensors")
+    stream.seek(0)
 
 
 def save_folder(

@@ -30,6 +30,7 @@ from torch import Tensor
 from fastpoem import disk
 from fastpoem.errors import InputError
 from fastpoem.model.hub import WEIGHTS
+from fastpoem.paths import spelled
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -48,14 +49,22 @@ class Damaged(Exception):
 
 
 def write(
-    run: Path, step: int, tensors: Tensors, beside: Mapping[str, bytes], state: Mapping[str, Any], keep: int
+    run: Path,
+    step: int,
+    tensors: Tensors,
+    beside: Mapping[str, bytes],
+    state: Mapping[str, Any],
+    keep: int,
+    hold: Callable[[], object] = lambda: None,
 ) -> Path:
     """Write the checkpoint of `step` and drop those that `keep` does not cover. Returns its folder.
 
     tensors: on the CPU. beside: the model folder's other files. state: what JSON can hold; `val_loss` in it ranks the checkpoint.
+    hold: raises where `run` is not to be written to any more; asked before each change in it that is not the attempt's own.
     Raises OSError where the disk refuses: nothing is left of the attempt, and nothing was dropped for it.
     """
     made, goal = run / PARTIAL, run / FOLDER / f"step-{step:08d}"
+    hold()
     disk.recover(made, goal)
     made.mkdir(parents=True)
     try:
@@ -64,9 +73,11 @@ def write(
         content = {"format": FORMAT, "step": step, "files": files, "state": dict(state)}
         content["checksum"] = _checksum(content)
         disk.write_bytes(made / STATE, json.dumps(content, indent=1).encode())
+        hold()
         disk.put(made, goal)
     except BaseException:
         with suppress(OSError):
+            hold()
             disk.recover(made, goal)
         raise
     _drop_old(run, step, keep)
@@ -82,9 +93,20 @@ def listed(run: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint that is what was written, every byte of it read."""
+    for _, path in listed(run):
+        with suppress(Damaged, OSError):
+            _compare(path, _described(path)["files"])
+            return path
+    return None
+
+
 def clean(run: Path) -> None:
-    """Remove what a killed run left half-done. Only for who holds the run's lock."""
-    for name in (PARTIAL, f"{PARTIAL}-replaced", DROPPED):
+    """Remove what a killed run left half-done, and put back what it had only set aside. Only for who holds the run's lock."""
+    for old in run.glob(f".step-*{disk.REPLACED}"):
+        disk.recover(run / PARTIAL, run / FOLDER / old.name[1:].removesuffix(disk.REPLACED))
+    for name in (PARTIAL, DROPPED):
         disk.discard(run / name)
 
 
@@ -154,17 +176,17 @@ def _compare(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 def _load(path: Path, into: Tensors) -> None:
     """Copy tensors; before the first is copied, all are known to be there, of the right kind, and no others."""
     for file, tensors in into.items():
-        with safe_open(path / file, framework="pt") as stream:
+        with spelled(path / file) as called, safe_open(called, framework="pt") as stream:
             names = {name for name in stream.keys() if not name.startswith("rng.")}  # noqa: SIM118  (no mapping)
             if odd := names ^ {name for name in tensors if not name.startswith("rng.")}:
                 raise Damaged(f"{file} and the model differ by {sorted(odd)[0]}")
             for name in {*stream.keys()} & {*tensors}:
                 part, goal = stream.get_slice(name), tensors[name]
-                if part.get_shape() != [*goal.shape] or part.get_dtype() != disk.DTYPES[goal.dtype]:
+                if part.get_shape() != [*goal.shape] or part.get_dtype() != disk.DTYPES[str(goal.dtype)]:
                     raise Damaged(f"{name} is {part.get_dtype()} {part.get_shape()}, not {goal.dtype} {[*goal.shape]}")
     with torch.no_grad():
         for file, tensors in into.items():
-            with safe_open(path / file, framework="pt") as stream:
+            with spelled(path / file) as called, safe_open(called, framework="pt") as stream:
                 for name in {*stream.keys()} & {*tensors}:
                     tensors[name].copy_(stream.get_tensor(name))
 

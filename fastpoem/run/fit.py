@@ -32,8 +32,10 @@ from fastpoem.engine.precision import choose_device, choose_dtype
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
+from fastpoem.model.find import resolve_folder
 from fastpoem.model.flash import find_varlen, insist_on_flash, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
+from fastpoem.paths import user_cache
 from fastpoem.run import checkpoint, folder
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
@@ -78,7 +80,12 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
                 raise NotSaved(
                     f"{reason}; the last checkpoint is complete: make room, then --resume writes it"
                 ) from error
-        return Run(loop.folder, loop.metrics.rows, stop.signal)
+    run = Run(loop.folder, loop.metrics.rows, stop.signal)
+    if run.stopped_by is None:
+        loop.voice.say(f"the trained model is in {run.model}")
+        for poem in run.generate(config.sample, seed=config.seed) if config.sample is not None else ():
+            loop.voice.say(poem)
+    return run
 
 
 @contextlib.contextmanager
@@ -99,7 +106,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if not is_store(source):
         source_files(source)  # raises for what is not there
     name = config.model or (HUB_MODEL if config.data is not None else str(hub.BUNDLED / "model"))
-    model_folder = hub.resolve_folder(name)
+    model_folder = resolve_folder(name)
     shape, raw_config = hub.read_config(model_folder)
     if config.dropout is not None:
         shape = dataclasses.replace(
@@ -120,7 +127,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         order = _order(config, store, held)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
-    model = _model(config, shape, varlen, model_folder, goes_on=config.resume and bool(checkpoint.listed(out)))
+    goes_on = config.resume and bool(checkpoint.listed(out))
+    model = _model(config, shape, varlen, model_folder, goes_on=goes_on)
     model.to(device)
     optimizer = FlatAdamW(
         model,
@@ -135,13 +143,15 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
     # Streams and graphs are made on the current device, whatever their tensors are on.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with current, folder.claim(out, fresh=not config.resume):
+    with current, folder.claim(out, fresh=not config.resume) as claim:
         identity = folder.identity(config, store, shape)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off")
         step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, _shapes(order, feed), voice.say)
-        loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside)
+        loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside, claim.hold)
         torch.manual_seed(config.seed)
         state = _resume(loop, config) if config.resume else None
+        if state is None and goes_on:  # the model has no weights yet
+            raise InputError(out, "its checkpoints vanished while this command began", "give it again")
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             folder.write_config(out, config, identity, store, device, dtype)
@@ -154,9 +164,11 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         )
         if state is not None:
             left = "nothing is left to do" if loop.done >= loop.last_step else "going on"
-            voice.say(f"step {loop.done} of {loop.last_step} is done: {left}")
+            end = f"of {loop.last_step}" if loop.done <= loop.last_step else f"(past the {loop.last_step} asked for)"
+            voice.say(f"step {loop.done} {end} is done: {left}")
 
         def export(goal: Path) -> None:
+            claim.hold()
             hub.write_folder(goal, dict(optimizer.named(optimizer.master)), beside)
 
         try:
@@ -168,8 +180,10 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 def _model(config: TrainConfig, shape: GPT2Config, varlen: Varlen | None, source: Path, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
     parameters = hub.count_parameters(shape)
-    needed, there = 16 * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if needed > there:  # weights, gradients and two moments of 4 bytes each
+    needed, there = 28 * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if (
+        needed > there
+    ):  # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
         reason = f"a model of {parameters / 1e6:,.0f} M parameters takes {needed:,.0f} GiB to train, this machine has {there:,.0f}"
         raise InputError(source / "config.json", reason, "use a smaller model")
     model = GPT2(shape, varlen)
@@ -224,7 +238,7 @@ def _open_store(
         )
     if is_store(source):
         store = TokenStore.open(source)
-        if store.fingerprint != tokenizer.fingerprint:
+        if (store.fingerprint, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
             raise InputError(source, "was made with another tokenizer", "prepare the text again with this --model")
         made = {"max_length": store.max_length, "convert": store.manifest["source"].get("convert") or "none"}
         for name, wanted in (("max_length", config.max_length), ("convert", config.convert)):
@@ -240,7 +254,7 @@ def _open_store(
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
     if config.data is None and cache is None:  # not beside the package's own files
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem"
+        cache = user_cache()
     begin = time.perf_counter()
     store = cached_store(
         source,

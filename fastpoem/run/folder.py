@@ -8,11 +8,12 @@ import fcntl
 import json
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -20,7 +21,7 @@ import fastpoem
 from fastpoem import disk
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.store import TokenStore
-from fastpoem.errors import InputError
+from fastpoem.errors import Ended, InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.run import checkpoint
@@ -49,16 +50,16 @@ ANOTHER = "name another folder with --out"
 def choose(config: TrainConfig) -> Path:
     """The run's folder, not made yet. Raises InputError where a run stands that is not to be resumed, or nothing can be written."""
     out = Path(config.out).expanduser() if config.out else _new_in(Path("runs"))
-    if "\0" in str(out):
-        raise InputError(repr(str(out)), "cannot be a folder: it holds a NUL", ANOTHER)
     try:
         if out.exists() and not out.is_dir():
             raise InputError(out, "is a file", "name a folder with --out")
         if not config.resume:
             refuse_a_run(out)
         foreign = [name for name in ("config.json", "model", "manifest.json") if (out / name).exists()]
-        if foreign and not _holds_a_run(out):
+        if foreign and not (out / "metrics.jsonl").exists() and not checkpoint.listed(out):
             raise InputError(out, f"holds {foreign[0]} but no run, and would be written over", ANOTHER)
+        if (out / checkpoint.FOLDER).exists() and not (out / checkpoint.FOLDER).is_dir():
+            raise InputError(out / checkpoint.FOLDER, "is a file, where a folder is needed", ANOTHER)
         above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     except OSError as error:  # too long, a parent that may not be searched
         raise InputError(out, f"cannot be a folder ({error.strerror})", ANOTHER) from None
@@ -76,44 +77,74 @@ def _new_in(runs: Path) -> Path:
     return next((runs / one for one in names if not (runs / one).exists()), runs / name)
 
 
-def _holds_a_run(out: Path) -> bool:
-    return (out / "metrics.jsonl").exists() or bool(checkpoint.listed(out))
-
-
 def refuse_a_run(out: Path) -> None:
     """Raises InputError where a run stands that a fresh one would write over."""
-    if _holds_a_run(out):
+    path = out / "metrics.jsonl"  # empty where a run was cut short before its first step
+    if checkpoint.listed(out) or (path.exists() and path.stat().st_size):
         raise InputError(out, "holds a run already", f"add --resume to continue it, or {ANOTHER}")
 
 
-@contextlib.contextmanager
-def claim(out: Path, *, fresh: bool) -> Iterator[None]:
-    """Hold the run's folder for this process, clean of what a killed one left half-done. Raises InputError.
+class Taken(Ended):
+    """The folder that this run was writing to is another's now."""
 
-    The lock is the kernel's, so a process that dies leaves none behind.
-    """
-    with contextlib.ExitStack() as stack:
+
+class Claim:
+    """The lock on a run's folder, held by this process. It is the kernel's, so a process that dies leaves none behind."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self._one_at_a_time = out, threading.Lock()
+        self._lock = self._take()
+
+    def hold(self) -> None:
+        """To be called before anything is written: a folder that vanished is made again. Raises Taken where another run has it by
+        now, OSError where it cannot be made."""
+        path = self.out / ".lock"
+        with self._one_at_a_time:
+            if not path.exists():
+                self._lock.close()
+                with contextlib.suppress(InputError):  # another process was quicker, and will be found below
+                    self._lock = self._take()
+            if self._lock.closed or not os.path.samestat(os.fstat(self._lock.fileno()), path.stat()):
+                raise Taken(
+                    f"{self.out} was removed while this run was writing there, and another run has it now: nothing of this run was "
+                    "written into it. Start again with another --out"
+                )
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def _take(self) -> IO[str]:
+        disk.make_folder(self.out)
+        flags = (
+            os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        )  # a link would lead out of the folder
+        lock = os.fdopen(os.open(self.out / ".lock", flags, 0o644), "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            by = lock.read(20).strip()
+            lock.close()
+            reason = "another run is writing there" + (f" (process {by})" if by.isdecimal() else "")
+            raise InputError(self.out, reason, f"wait for it, or {ANOTHER}") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        return lock
+
+
+@contextlib.contextmanager
+def claim(out: Path, *, fresh: bool) -> Iterator[Claim]:
+    """Hold the run's folder for this process, clean of what a killed one left half-done. Raises InputError."""
+    with refused_by_the_disk(out):
+        held = Claim(out)
+    with contextlib.closing(held):
         with refused_by_the_disk(out):
-            out.mkdir(parents=True, exist_ok=True)
-            flags = (
-                os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
-            )  # a link would lead out of the folder
-            lock = stack.enter_context(os.fdopen(os.open(out / ".lock", flags, 0o644), "a+"))
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.seek(0)
-                by = lock.read(20).strip()
-                reason = "another run is writing there" + (f" (process {by})" if by.isdecimal() else "")
-                raise InputError(out, reason, f"wait for it, or {ANOTHER}") from None
             if fresh:
                 refuse_a_run(out)  # one that began and ended since `choose` looked
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
             checkpoint.clean(out)
             disk.recover(hub.partial(out / "model"), out / "model")
-        yield
+        yield held
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,27 +18,29 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpoem import disk
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Rows, validation_steps
 from fastpoem.corpus.plan import Order
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
+from fastpoem.errors import Ended
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.run import checkpoint
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
 from fastpoem.run.signals import StopRequest
-from fastpoem.run.watch import Spike, Watch
+from fastpoem.run.watch import NOTED, WINDOW, Spike, Watch
 
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 FLATS = ("master", "exp_avg", "exp_avg_sq")
 
 
-class Diverged(RuntimeError):
+class Diverged(Ended):
     """Loss or gradient was not finite in several steps in a row."""
 
 
-class NotSaved(RuntimeError):
+class NotSaved(Ended):
     """Training ended and the disk did not take its last state."""
 
 
@@ -60,12 +63,14 @@ class Loop:
     voice: Voice
     identity: dict[str, Any]  # what a resumed run must have in common with this one
     beside: Mapping[str, bytes]  # what lies beside the weights in a model folder
+    hold: Callable[[], None]  # raises where the folder is another run's by now
     done: int = 0
     seconds: float = 0.0
     _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
     _val_loss: float | None = None  # after the last step, where it ended an epoch
     _skipped: int = 0  # of the epoch's skipped steps, those told already
     _spike: Spike | None = None  # the worst since the last row
+    _before_last: tuple[int, Spike | None] = (0, None)  # these two before the last row
     _unlogged: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "poems": 0, "seconds": 0.0})
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
@@ -81,7 +86,12 @@ class Loop:
             self._saved_at = (self.done, self._epoch_due)
             keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
         self.metrics = Metrics(
-            self.folder, done=self.done, keep=keep, say=self.voice.say, tensorboard=self.config.tensorboard
+            self.folder,
+            done=self.done,
+            keep=keep,
+            say=self.voice.say,
+            hold=self.hold,
+            tensorboard=self.config.tensorboard,
         )
 
     def __post_init__(self) -> None:
@@ -182,6 +192,7 @@ class Loop:
         row |= {"accuracy": result.correct / max(1, result.counted), "grad_norm": result.norm}
         if skipped := (told := self.step.totals().skipped) - self._skipped:
             row |= {"skipped": skipped}
+        self._before_last = self._skipped, self._spike
         if self._spike is not None:
             row |= {"spike_step": self._spike.step, "spike_z": self._spike.z}
         self._skipped, self._spike = told, None
@@ -200,8 +211,8 @@ class Loop:
         account.most_failed.zero_()
         self.save()
         self.saver.wait()
-        saved = checkpoint.listed(self.folder)
-        good = f"the last good checkpoint is {saved[0][1]}" if saved else "there is no good checkpoint"
+        saved = checkpoint.newest_whole(self.folder)
+        good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
         raise Diverged(
             f"step {self.done}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; start again with a lower --lr, "
             "or go on past these poems with --resume"
@@ -247,7 +258,9 @@ class Loop:
         def job() -> None:
             host = tensors if copied is None else _to_host(tensors, copied, self.device)
             checkpoint.refuse_non_finite(host)
-            checkpoint.write(self.folder, done, host, self.beside, state, self.config.keep)
+            with suppress(OSError):  # the state names a place in it
+                disk.flush(self.metrics.path)
+            checkpoint.write(self.folder, done, host, self.beside, state, self.config.keep, self.hold)
 
         self.saver.start(f"the checkpoint of step {done}", job)
 
@@ -264,8 +277,8 @@ class Loop:
             self.saver.wait()
             self.metrics.flush()
         if self.saver.error is not None:
-            saved = checkpoint.listed(self.folder)
-            newest = f"the newest checkpoint is {saved[0][1]}" if saved else "no checkpoint was ever written"
+            saved = checkpoint.newest_whole(self.folder)
+            newest = f"the newest checkpoint is {saved}" if saved else "no checkpoint was ever written"
             if not self.saver.by_the_disk:
                 raise Diverged(f"{self.saver.error}; {newest}; start again with a lower --lr")
             raise NotSaved(f"{self.saver.error}; {newest}: make room and go on from there with --resume")
@@ -289,14 +302,16 @@ class Loop:
         set_rng_state(tensors[OPTIMIZER][f"rng.{self.device.type}"], self.device)
 
     def state(self) -> dict[str, Any]:
-        """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short."""
+        """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short,
+        and tells in its next one what that row told."""
         cut_short = self.done == self.last_step and not self._is_regular(self.done)
+        skipped, spike = self._before_last if cut_short else (self._skipped, self._spike)
         return {
             "seconds": self.seconds,
             "epoch_due": self._epoch_due,
             "val_loss": self._val_loss,
-            "skipped": self._skipped,
-            "spike": self._spike,
+            "skipped": skipped,
+            "spike": spike,
             "watch": self.watch.state(),
             "metrics": self.metrics.mark(without_last=cut_short),
             "metrics_at_the_end": self.metrics.mark(),
@@ -325,7 +340,9 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
         and isinstance(watch, dict)
         and count(watch.get("count"))
+        and watch["count"] < NOTED
         and isinstance(watch.get("window"), list)
+        and len(watch["window"]) <= WINDOW
         and all(map(real, watch["window"]))
         and mark(state.get("metrics"))
         and mark(state.get("metrics_at_the_end"))

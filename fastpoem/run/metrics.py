@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -34,11 +35,18 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path, *, done: int, keep: Mark | None, say: Callable[[str], None], tensorboard: bool = False
+        self,
+        folder: Path,
+        *,
+        done: int,
+        keep: Mark | None,
+        say: Callable[[str], None],
+        hold: Callable[[], None],
+        tensorboard: bool = False,
     ) -> None:
         """keep: what of an existing file belongs to the `done` steps that a run goes on from; the rest, of steps that will be done
-        again, is cut off. Raises OSError."""
-        self.path, self.say = folder / "metrics.jsonl", say
+        again, is cut off. hold: raises where the folder is another run's by now. Raises OSError."""
+        self.path, self.say, self.hold = folder / "metrics.jsonl", say, hold
         self.error: str | None = None
         self.rows: list[dict[str, Any]] = []
         self._digest, self._size = hashlib.sha256(), 0
@@ -66,13 +74,18 @@ class Metrics:
         self.flush()
         if self._writer is not None:
             group = "epoch" if row.get("event") == "epoch" else "train"
-            for name, value in row.items():
-                if isinstance(value, float) and name not in ("seconds",):
-                    self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+            try:
+                for name, value in row.items():
+                    if isinstance(value, float) and name != "seconds":
+                        self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+            except OSError as error:  # of its thread, which has ended
+                self.say(f"TensorBoard's curves end here, they could not be written: {error}")
+                self._writer = None
 
     def flush(self) -> None:
         """Bring the file up to date, as far as the disk lets."""
         try:
+            self.hold()
             if not _is_same(self._file, self.path):
                 self.say(f"{self.path} had vanished and is written anew")
                 fresh = self._write_anew()
@@ -92,7 +105,8 @@ class Metrics:
     def close(self) -> None:
         os.close(self._file)
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError):
+                self._writer.close()
 
     def _add(self, row: dict[str, Any]) -> bytes:
         line = _line(row)
@@ -104,7 +118,6 @@ class Metrics:
 
     def _write_anew(self) -> int:
         """Replace the file by one that holds all rows, in one step; a handle on it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         made = self.path.with_name(f".{self.path.name}.partial")
         made.unlink(missing_ok=True)
         disk.write_bytes(made, b"".join(map(_line, self.rows)))
@@ -184,7 +197,8 @@ class Voice:
 
     def say(self, line: str) -> None:
         try:
-            self.console.print(line, markup=False)
+            spelled = line.encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
+            self.console.print(spelled, markup=False)
         except OSError:  # a terminal that is gone
             self.console.on_broken_pipe()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
 
@@ -22,7 +23,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._noted = threading.Event()
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
@@ -38,11 +38,12 @@ class StopRequest:
             signal.signal(number, handler)
 
     def wait(self, seconds: float) -> None:
-        """Sleep, but no longer than until a signal comes."""
-        self._noted.wait(seconds)
+        """Sleep, but no longer than until a signal comes. By looking: a handler must not touch a lock, which it may have interrupted."""
+        end = time.monotonic() + seconds
+        while self.signal is None and (left := end - time.monotonic()) > 0:
+            time.sleep(min(0.1, left))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._noted.set()
         for one in self._before:
             signal.signal(one, signal.SIG_DFL)

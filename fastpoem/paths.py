@@ -1,0 +1,49 @@
+"""Paths as users give them: `~` resolved, and what no file can be called refused before anything depends on it."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastpoem.errors import InputError
+
+
+def given_path(flag: str, text: str) -> Path:
+    """The path that `text`, given as `flag`, names, whether or not it exists. Raises InputError."""
+    reason = "is empty" if not text else "holds a NUL" if "\0" in text else None
+    try:
+        path = Path(text).expanduser()
+        if reason is None:
+            os.lstat(path)
+    except RuntimeError:
+        reason = "names a home folder that is not known"
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            reason = f"cannot be a path ({error.strerror})"
+    if reason is not None:
+        raise InputError(f"{flag} {text[:80]!r}", reason, "give the path of a file or folder, or drop the flag")
+    return path
+
+
+@contextlib.contextmanager
+def spelled(path: Path) -> Iterator[str]:
+    """A name of a file or folder for libraries that take only UTF-8: its own, or where that is none, one by an open handle. Raises OSError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield f"/dev/fd/{handle}"
+        finally:
+            os.close(handle)
+    else:
+        yield str(path)
+
+
+def user_cache() -> Path:
+    """`$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. Raises InputError where there is no home folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise InputError("~/.cache", "this user has no home folder", "set HOME, or name a folder with --cache-dir")
+    return Path(home) / "fastpoem"
