@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastpoem.corpus.feed import Batch
+from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.corpus.store import TokenStore, cached_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.step import TrainStep
+from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
@@ -94,19 +94,20 @@ def row_lengths(store: TokenStore) -> np.ndarray:
     return lengths
 
 
-def make_step(shape: GPT2Config, device: str) -> TrainStep:
-    """The engine's step on a model of random weights, as `fit` assembles it (fp32, not compiled)."""
+def make_step(shape: GPT2Config, device: str, *, poems: int = BATCH, longest: int = LENGTH) -> TrainStep:
+    """The engine's step on a model of random weights, for `poems` poems of up to `longest` tokens (fp32, neither compiled nor recorded)."""
     keep_freed_memory()
     model = GPT2(shape)
     model.initialise(0)
     model.to(device).train()
     optimizer = FlatAdamW(model, torch.device(device), torch.float32, weight_decay=0.01, max_norm=1.0)
     optimizer.lr.fill_(2e-5)
-    return TrainStep(model, optimizer, pad_id=None)
+    source = torch.zeros(poems * longest, dtype=torch.int16, device=device)
+    return TrainStep(Pieces(model), optimizer, source, poems=poems, pad_id=0)
 
 
-def made_up_batch(shape: GPT2Config, poems: int, length: int, device: str) -> Batch:
-    """Poems of random ids, all of `length` tokens: (poems, length - 1) inputs and targets."""
-    ids = torch.randint(shape.vocab_size, (poems, length), generator=torch.Generator().manual_seed(0))
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    return Batch(inputs, targets, None, poems, targets.numel()).to(torch.device(device))
+def made_up_rows(shape: GPT2Config, poems: int, length: int) -> Rows:
+    """Poems of random ids, all of `length` tokens."""
+    ids = torch.randint(shape.vocab_size, (poems * length,), generator=torch.Generator().manual_seed(0)).to(torch.int16)
+    where = torch.stack([torch.arange(poems) * length, torch.full((poems,), length)], 1)
+    return Rows(ids, where, Shape(poems, length), poems * (length - 1))

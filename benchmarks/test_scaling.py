@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from benchmarks.arithmetic import model_flops, settle
-from benchmarks.scene import BATCH, DEVICES, FULL, LENGTH, made_up_batch, make_step
+from benchmarks.scene import BATCH, DEVICES, FULL, LENGTH, made_up_rows, make_step
 
 ROUNDS = 3
 CASES = [
@@ -21,10 +21,10 @@ CASES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("axis", "shape", "poems", "length"), CASES, ids=lambda value: getattr(value, "n_embd", value))
 def test_scaling(benchmark, axis, shape, poems, length, device):
-    step, batch = make_step(shape, device), made_up_batch(shape, poems, length, device)
+    step, rows = make_step(shape, device, poems=poems, longest=length), made_up_rows(shape, poems, length)
 
     def train():
-        step(batch, 2e-5)
+        step(rows, 2e-5)
         settle(device)
 
     benchmark.group = f"scaling with {axis} on {device}"
@@ -36,6 +36,6 @@ def test_scaling(benchmark, axis, shape, poems, length, device):
         axis=axis,
         at=at,
         device=device,
-        tokens_per_s=batch.tokens / seconds,
+        tokens_per_s=rows.tokens / seconds,
         flops_per_s=flops / seconds,
     )

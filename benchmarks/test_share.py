@@ -17,9 +17,9 @@ STEPS, ROUNDS = 8, 3
 @pytest.mark.parametrize("device", DEVICES)
 def test_share_of_the_best_product(benchmark, scene, device):
     store = scene.store()
-    programme, feed, step = race.Programme(store), Feed(store, "bucket"), make_step(FULL, device)
+    programme, feed, step = race.Programme(store), Feed(store, "bucket"), make_step(FULL, device, longest=512)
     chosen = programme.evenly(STEPS)["fastpoem"]
-    batches = [feed(programme.order(0, number)).to(torch.device(device)) for number in chosen.steps or []]
+    batches = [feed(programme.order(0, number)) for number in chosen.steps or []]
     flops = model_flops(FULL, [int(programme.lengths[row]) - 1 for rows in chosen.rows for row in rows])
     best = []
 

@@ -67,7 +67,7 @@ class Turns:
         model.load_state_dict(self.weights())
         store = open_store(self.job)
         steps = validation_steps(store, held_out_rows(store.rows, self.job["val_poems"], 0), 16)
-        return evaluate(model, map(Feed(store, "bucket"), steps), torch.device("cpu")).loss
+        return evaluate(model, map(Feed(store, "bucket"), steps), torch.device("cpu"), store.pad_id).loss
 
 
 class _Lines(IterableDataset):
