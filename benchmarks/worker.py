@@ -90,7 +90,8 @@ def run_fastpoem(job: dict[str, Any], turns: Turns) -> None:
     from fastpoem.run.metrics import Voice
 
     places = {"data": job["data"], "model": job["model"], "out": f"{job['folder']}/run", "cache_dir": job["folder"]}
-    config = from_kwargs(**places, val_poems=job["val_poems"], device=job["device"], lr=job["lr"])
+    precision = "fp32" if job["device"] == "cpu" else "auto"  # as the others compute
+    config = from_kwargs(**places, val_poems=job["val_poems"], device=job["device"], lr=job["lr"], precision=precision)
     with assembled(config, Voice(quiet=True)) as (loop, _):
 
         def steps(turn: dict[str, Any]) -> list[int]:
