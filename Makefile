@@ -19,7 +19,8 @@ lint: $(VENV)/.test
 	$(BIN)/mypy --no-error-summary
 
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json
+	$(BIN)/python -m benchmarks.report benchmarks.json
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastpoem needs Python 3.11 or newer; make PYTHON=python3.12 …")'

@@ -7,9 +7,10 @@ import pytest
 import torch
 from fastpoem_kernels import clipped_adamw_
 
+from benchmarks.scene import DEVICES
+
 BLOCK = [768, 768, 2304 * 768, 2304, 768 * 768, 768, 768, 768, 3072 * 768, 3072, 768 * 3072, 768]
 SIZES = [21128 * 768, 1024 * 768, *(BLOCK * 6), 768, 768]
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def pytorch(device, **kinds):

@@ -1,94 +1,65 @@
-"""Poems a second: fastpoem and the loop it replaces, in turn, on the same corpus and the same model, each with the batches it makes.
+"""Poems a second: the notebook, Hugging Face's Trainer (plain and on sorted batches) and fastpoem, in turn on the same corpus and the same model.
 
-Of each contestant's batches over the whole corpus those are trained on that are evenly spaced by length, so that a few steps stand for an
-epoch (a small slice of the text would not do: what is left over of its sparse buckets would fill batches of the longest). The turns
-alternate, so that a machine whose speed drifts slows both alike: compare the sums over all turns. The two share a process, so the notebook
-too has the allocator that keeps its memory: it is the faster for it.
-
-The model has the full shape where the shared data is there; else the bundled small one is used, and the groups say so.
-FASTPOEM_BENCH_STEPS (default 16) is the number of steps of each.
+The model has the full shape, 59.5 M parameters. `extra_info` has poems, real tokens and padded positions of each turn beside the worker's own seconds.
+FASTPOEM_BENCH_STEPS sets the steps of each contender (a multiple of four); else 16, or fewer where by the notebook's first one
+that would take more than some minutes.
 """
 
 import os
-import random
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer
 
-from benchmarks import notebook
-from fastpoem.config import from_kwargs
-from fastpoem.model import hub
-from fastpoem.model.gpt2 import GPT2
-from fastpoem.run.fit import assembled
-from fastpoem.run.metrics import Voice
+from benchmarks import race
+from benchmarks.scene import DEVICES, FULL
+from benchmarks.worker import CONTENDERS
 
+pytestmark = pytest.mark.timeout(
+    900
+)  # slow machines: a turn of the notebook's, with everybody's start before the first
 TURNS = 4
-STEPS = max(1, int(os.environ.get("FASTPOEM_BENCH_STEPS", 16)) // TURNS) * TURNS
-POEMS = STEPS // TURNS * 16  # a turn
-SHARED = Path(os.environ.get("FASTPOEM_SHARED", Path(__file__).parents[2] / "shared"))
-FULL = (SHARED / "data/poems.txt.xz").exists()
+MOST, SECONDS = 16, 270.0
 
 
-@pytest.fixture(scope="module")
-def race(tmp_path_factory):
-    """{contestant: turn -> trains a quarter of the poems}."""
-    folder = tmp_path_factory.mktemp("throughput")
-    data = SHARED / "data/poems.txt.xz" if FULL else hub.BUNDLED / "poems.txt"
-    shape = SHARED / "models/gpt2-distil-chinese" if FULL else hub.BUNDLED / "model"
-    config, raw = hub.read_config(shape)
-    weights = GPT2(config)
-    weights.initialise(0)
-    model = folder / "model"
-    hub.save_folder(model, weights.state_dict(), raw, [shape / name for name in ("vocab.txt", "tokenizer_config.json")])
-    places = {"data": str(data), "model": str(model), "out": str(folder / "run"), "cache_dir": str(folder)}
-    with assembled(from_kwargs(**places, val_poems=0, device="cpu"), Voice(quiet=True)) as (loop, _):
-        order, store = loop.order, loop.feed.store
-        ours = evenly(range(order.steps), lambda step: order(0, step).length)
-        bucket, index = store.locate(np.arange(store.rows))
-        length = np.array([store.buckets[b].lengths[i] for b, i in zip(bucket.tolist(), index.tolist(), strict=True)])
-        batches = (
-            np.random.default_rng(0).permutation(store.rows)[: store.rows // 16 * 16].reshape(-1, 16)
-        )  # as a shuffling DataLoader
-        lines = notebook.Poems(data).lines
-        theirs = [[lines[row] for row in batch] for batch in evenly(batches, lambda batch: length[batch].max())]
-        network, tokenizer = (
-            notebook.load_model(model, from_scratch=False, dropout=None, seed=0),
-            BertTokenizer.from_pretrained(model),
-        )
+@pytest.fixture(scope="module", params=DEVICES)
+def contest(request, scene):
+    """(turn of a contender, device): what it took, and the figures of its batches."""
+    programme = race.Programme(scene.store())
+    contenders = race.start(scene, FULL, device=request.param)
+    sample = programme.evenly(TURNS)
+    for (
+        name,
+        one,
+    ) in (
+        contenders.items()
+    ):  # what only first steps pay; the allocator that keeps memory has its largest batch behind it
+        took = one.turn(sample[name].part([-1 if name in race.SORTED else 0]))["seconds"]
+        if name == "notebook":
+            slow = took / programme.figures(sample[name].part([0]))["padded"]
+    steps = int(os.environ.get("FASTPOEM_BENCH_STEPS", 0)) or MOST
+    while "FASTPOEM_BENCH_STEPS" not in os.environ and steps > TURNS:
+        positions = sum(programme.figures(batches)["padded"] for batches in programme.evenly(steps).values())
+        if slow * positions <= SECONDS:
+            break
+        steps -= TURNS
+    chosen, hands = programme.evenly(steps), race.dealt(steps, TURNS)
 
-        def notebook_turn(turn: int) -> None:
-            poems = [poem for batch in theirs[turn::TURNS] for poem in batch]
-            list(notebook.train(network, tokenizer, poems, shuffle=False))
+    def turn(name, number):
+        mine = chosen[name].part(hands[number])
+        return contenders[name].turn(mine) | programme.figures(mine)
 
-        def fastpoem_turn(turn: int) -> None:
-            for step in ours[turn::TURNS]:
-                loop.done = step
-                loop.one_step()
-
-        loop.model.train()
-        for step in range(TURNS):  # what only first steps pay
-            fastpoem_turn(step)
-        notebook_turn(0)
-        yield {"notebook": notebook_turn, "fastpoem": fastpoem_turn}
+    yield turn, request.param
+    for one in contenders.values():
+        one.close()
 
 
-def evenly(batches, length):
-    """STEPS of the batches, evenly spaced by length, in a random order."""
-    chosen = sorted(batches, key=length)[len(batches) // STEPS // 2 :: len(batches) // STEPS][:STEPS]
-    random.Random(0).shuffle(chosen)
-    return chosen
-
-
-@pytest.mark.parametrize("contestant", ["notebook", "fastpoem"])
-@pytest.mark.parametrize("turn", range(TURNS))
-def test_poems_per_second(benchmark, race, turn, contestant):
-    """poems/s is in `extra_info`."""
-    benchmark.group = f"throughput, {'59.5 M parameters' if FULL else 'the bundled small model'}, turn {turn}"
-    benchmark.pedantic(race[contestant], args=(turn,), rounds=1, iterations=1)
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("number", range(TURNS))
+def test_poems_per_second(benchmark, scene, contest, number, contender):
+    turn, device = contest
+    benchmark.group = f"throughput on {device}, turn {number}"
+    took = benchmark.pedantic(turn, args=(contender, number), rounds=1)
     benchmark.extra_info.update(
-        contestant=contestant, turn=turn, poems=POEMS, poems_per_s=POEMS / benchmark.stats.stats.median,
-        threads=torch.get_num_threads(), full_shape=FULL,
+        kind="throughput", contender=contender, turn=number, device=device, corpus=scene.poems, threads=torch.get_num_threads(),
+        poems_per_s=took["poems"] / took["seconds"], **took,
     )  # fmt: skip

@@ -16,7 +16,6 @@ import traceback
 from pathlib import Path
 
 import torch
-import torch._dynamo  # a custom operator's first call would, a second in every child
 
 from fastpoem import disk
 from fastpoem.config import from_kwargs

@@ -136,6 +136,16 @@ def read_newest(
     return None
 
 
+def precision(run: Path) -> str | None:
+    """ "fp32" or "bf16": what the newest checkpoint that tells was computed in. None where none does."""
+    for _, path in listed(run):
+        with suppress(Damaged, OSError, KeyError, TypeError):
+            found = _described(path)["state"]["identity"]["settings"]["precision"]
+            if found in ("fp32", "bf16"):
+                return found
+    return None
+
+
 def _described(path: Path) -> dict[str, Any]:
     """The content of state.json, every part of it checked that does not need another file."""
     file = path / STATE

@@ -94,8 +94,6 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     device = choose_device(config.device)
-    dtype, why = choose_dtype(config.precision, device)
-    varlen, about_attention = _choose_attention(config, device, dtype)
     if device.type == "cpu":
         keep_freed_memory()
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
@@ -127,6 +125,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         order = _order(config, store, held)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
+    dtype, why = _choose_precision(config, device, shape, store, out)
+    varlen, about_attention = _choose_attention(config, device, dtype)
     goes_on = config.resume and bool(checkpoint.listed(out))
     model = _model(config, shape, varlen, model_folder, goes_on=goes_on)
     model.to(device)
@@ -144,7 +144,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     # Streams and graphs are made on the current device, whatever their tensors are on.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with current, folder.claim(out, fresh=not config.resume) as claim:
-        identity = folder.identity(config, store, shape)
+        identity = folder.identity(config, store, shape, dtype)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off")
         step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, _shapes(order, feed), voice.say)
         loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside, claim.hold)
@@ -211,6 +211,16 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
     if config.schedule != "constant" and before != now:
         loop.voice.say(f"the learning rate falls over {now} from here on, where it fell over {before}")
     return state
+
+
+def _choose_precision(
+    config: TrainConfig, device: torch.device, shape: GPT2Config, store: TokenStore, out: Path
+) -> tuple[torch.dtype, str]:
+    """(dtype, why). A run that goes on keeps what auto came to when it began: asked again, a machine may answer otherwise."""
+    before = checkpoint.precision(out) if config.resume and config.precision == "auto" else None
+    tokens = config.batch_size * store.manifest["counts"]["tokens"] // store.rows
+    dtype, why = choose_dtype(before or config.precision, device, shape, tokens)
+    return dtype, "as the run began" if before else why
 
 
 def _choose_attention(

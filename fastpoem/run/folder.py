@@ -157,10 +157,11 @@ def refused_by_the_disk(out: Path) -> Iterator[None]:
         raise InputError(error.filename or out, f"cannot be written ({error.strerror or error})", mend) from None
 
 
-def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config) -> dict[str, Any]:
+def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: torch.dtype) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     free = FREE_ON_RESUME | IN_THE_STORE
     source, counts = store.manifest["source"], store.manifest["counts"]
+    config = dataclasses.replace(config, precision="bf16" if dtype == torch.bfloat16 else "fp32")  # what auto came to
     return {
         "store": {
             "poems": f"{counts['rows']} of {source.get('name')} ({str(source.get('sha256'))[:8]})",

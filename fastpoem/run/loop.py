@@ -23,14 +23,14 @@ from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Rows, validation_steps
 from fastpoem.corpus.plan import Order
 from fastpoem.engine.optim import learning_rate
-from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
+from fastpoem.engine.step import GIVE_UP, NOTED, TrainStep, evaluate, rng_state, set_rng_state
 from fastpoem.errors import Ended
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.run import checkpoint
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
 from fastpoem.run.signals import StopRequest
-from fastpoem.run.watch import NOTED, WINDOW, Spike, Watch
+from fastpoem.run.watch import WINDOW, Spike, Watch
 
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 FLATS = ("master", "exp_avg", "exp_avg_sq")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpoem_kernels.dispatch import runs_triton
+from fastpoem_kernels.operators import fake, operator
 
 BLOCK = 4096  # elements a partial sum covers: short enough for float32, a whole number of vectors
 PIECE = 256 * BLOCK
@@ -52,9 +53,7 @@ def clipped_adamw_(
     )
 
 
-@torch.library.custom_op(
-    "fastpoem::clipped_adamw_", mutates_args=("param", "grad", "exp_avg", "exp_avg_sq", "step", "low_precision")
-)
+@operator("clipped_adamw_", overwrites=("param", "grad", "exp_avg", "exp_avg_sq", "step", "low_precision"))
 def _clipped_adamw(
     param: Tensor,
     grad: Tensor,
@@ -108,6 +107,6 @@ def _piece(grad: Tensor) -> int:
     return max(1, len(grad)) if grad.dtype == torch.float32 else PIECE
 
 
-@_clipped_adamw.register_fake
+@fake("clipped_adamw_")
 def _(param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay):
     return param.new_empty(()), param.new_empty((), dtype=torch.bool)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastpoem_kernels import loss_cpu
 from fastpoem_kernels.dispatch import runs_triton
+from fastpoem_kernels.operators import fake, operator
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,21 +84,21 @@ class _InPlace(torch.autograd.Function):
         return gradient, None, None, None
 
 
-@torch.library.custom_op("fastpoem::cross_entropy_overwrite", mutates_args=("logits",))
+@operator("cross_entropy_overwrite", overwrites=("logits",))
 def _overwrite(
     logits: Tensor, target: Tensor, ignore_index: int, accuracy_ignore_index: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _run(logits, target, ignore_index, accuracy_ignore_index, True)
 
 
-@torch.library.custom_op("fastpoem::cross_entropy_evaluate", mutates_args=())
+@operator("cross_entropy_evaluate")
 def _evaluate(
     logits: Tensor, target: Tensor, ignore_index: int, accuracy_ignore_index: int | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _run(logits, target, ignore_index, accuracy_ignore_index, False)
 
 
-@torch.library.custom_op("fastpoem::scale_unless_one", mutates_args=("gradient",))
+@operator("scale_unless_one", overwrites=("gradient",))
 def _scale(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, costing next to nothing where the factor is 1 (asked on the device, never of it)."""
     if runs_triton(gradient):
@@ -116,13 +117,13 @@ def _run(logits, target, ignore_index, accuracy_ignore_index, overwrite):
     return loss_cpu.cross_entropy(logits, target, ignore_index, accuracy_ignore_index, overwrite)
 
 
-@_overwrite.register_fake
-@_evaluate.register_fake
+@fake("cross_entropy_overwrite")
+@fake("cross_entropy_evaluate")
 def _(logits, target, ignore_index, accuracy_ignore_index):
     counts = [target.new_empty(()) for _ in range(3)]
     return logits.new_empty((), dtype=torch.float32), *counts
 
 
-@_scale.register_fake
+@fake("scale_unless_one")
 def _(gradient, factor):
     return None

@@ -1,0 +1,157 @@
+"""Contenders on the same poems, in alternating turns: each in a process of its own, with the batches that it would make of the corpus.
+
+fastpoem's batches are chosen first, evenly spaced by length over its epoch, so that a few steps stand for an epoch (a small slice of the text would not do: what
+is left over of its sparse buckets would fill batches of the longest). *trainer, sorted* gets the very same poems, sorted by length. *notebook* and *trainer,
+plain* get random batches of the corpus, chosen in the same way, both the same ones. Turns alternate, so that a machine whose speed drifts slows all alike: compare sums over all turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.scene import BATCH, Scene, row_lengths
+from benchmarks.worker import CONTENDERS
+from fastpoem.corpus.plan import BucketOrder, held_out_rows
+from fastpoem.corpus.store import TokenStore
+from fastpoem.model.gpt2 import GPT2Config
+
+ROOT = Path(__file__).parents[1]
+SORTED = ("trainer, sorted", "fastpoem")
+
+
+@dataclass
+class Batches:
+    """rows: poems of the text of each batch. steps: their numbers in fastpoem's epoch, None where they are not its."""
+
+    rows: list[list[int]]
+    steps: list[int] | None = None
+
+    def part(self, indices: Sequence[int]) -> Batches:
+        return Batches([self.rows[i] for i in indices], self.steps and [self.steps[i] for i in indices])
+
+
+class Programme:
+    """Who trains on what. `lengths` (rows,) are tokens of each poem."""
+
+    def __init__(self, store: TokenStore, val_poems: int = 0) -> None:
+        self.lengths = row_lengths(store)
+        held = held_out_rows(store.rows, val_poems, 0)
+        bucket, index = store.locate(np.arange(store.rows))
+        self._row = np.empty((len(store.buckets), max(b.rows for b in store.buckets)), np.int64)
+        self._row[bucket, index] = np.arange(store.rows)
+        self._held = [np.sort(index[held][bucket[held] == one]) for one in range(len(store.buckets))]
+        self.order = BucketOrder(
+            [b.length for b in store.buckets], [b.rows for b in store.buckets], self._held, BATCH, seed=0
+        )
+        free = np.delete(np.arange(store.rows), held)
+        self.random = np.random.default_rng(0).permutation(free)[: len(free) // BATCH * BATCH].reshape(-1, BATCH)
+
+    def rows(self, step: int) -> list[int]:
+        found = self.order(0, step)
+        return self._row[found.bucket, found.index].tolist()
+
+    def evenly(self, count: int) -> dict[str, Batches]:
+        """`count` batches for each contender that stand for an epoch, ordered by length."""
+        steps = spread(range(self.order.steps), count, lambda step: self.order(0, step).length)
+        ours = [self.rows(step) for step in steps]
+        poems = np.array(sorted(np.concatenate(ours).tolist(), key=lambda row: self.lengths[row]))
+        random = [batch.tolist() for batch in spread(self.random, count, lambda batch: self.lengths[batch].max())]
+        return {
+            "notebook": Batches(random),
+            "trainer, plain": Batches(random),
+            "trainer, sorted": Batches(poems.reshape(-1, BATCH).tolist()),
+            "fastpoem": Batches(ours, steps),
+        }
+
+    def epoch(self, count: int) -> dict[str, Batches]:
+        """The first `count` batches of an epoch, in the order of training; *trainer, sorted* shuffles its own."""
+        steps = list(range(count))
+        random = Batches(self.random[:count].tolist())
+        ours = Batches([self.rows(step) for step in steps], steps)
+        return {"notebook": random, "trainer, plain": random, "trainer, sorted": Batches(ours.rows), "fastpoem": ours}
+
+    def figures(self, batches: Batches) -> dict[str, int]:
+        """poems, real tokens that are targets, and positions computed with padding to the longest."""
+        lengths = self.lengths[np.array(batches.rows)]  # (batches, BATCH)
+        return {
+            "poems": lengths.size,
+            "tokens": int((lengths - 1).sum()),
+            "padded": int((lengths.max(1) * lengths.shape[1]).sum()),
+        }
+
+
+def spread(batches: Sequence[Any], count: int, length: Callable[[Any], int]) -> list[Any]:
+    """`count` of the batches, evenly spaced by length, ascending."""
+    stride = len(batches) // count
+    return sorted(batches, key=length)[stride // 2 :: stride][:count]
+
+
+def dealt(count: int, turns: int) -> list[list[int]]:
+    """0 … count - 1 dealt to turns so that each gets short and long ones alike: who goes first changes every round."""
+    return [[at for at in range(count) if (at + at // turns) % turns == turn] for turn in range(turns)]
+
+
+class Contender:
+    """A worker's other end."""
+
+    def __init__(self, name: str, scene: Scene, shape: GPT2Config, *, device: str, lr: float, val_poems: int) -> None:
+        self.name, self.log = name, scene.folder / f"{name.replace(', ', '-')}.log"
+        folder = scene.folder / f"{name.replace(', ', '-')}-{shape.n_layer}x{shape.n_embd}-{device}"
+        folder.mkdir()
+        job = {"contender": name, "data": str(scene.data), "model": str(scene.model(shape)), "folder": str(folder)}
+        job |= {"device": device, "lr": lr, "val_poems": val_poems}
+        (folder / "job.json").write_text(json.dumps(job))
+        paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+        with open(self.log, "w") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", str(folder / "job.json")],
+                cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+        self._answer()
+
+    def turn(self, batches: Batches, seconds: float = 1e9) -> dict[str, Any]:
+        """Train on the batches, until `seconds` have passed at most. {"seconds", "steps"} it took."""
+        return self._ask({"batches": batches.rows, "steps": batches.steps, "seconds": seconds})
+
+    def loss(self) -> float:
+        """On the held-out poems."""
+        return self._ask({"evaluate": True})["loss"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _ask(self, what: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(json.dumps(what), file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+
+def start(
+    scene: Scene,
+    shape: GPT2Config,
+    *,
+    device: str = "cpu",
+    lr: float = 2e-5,
+    val_poems: int = 0,
+    names: Sequence[str] = CONTENDERS,
+) -> dict[str, Contender]:
+    """One contender after the other, so that their loading does not disturb anybody's first turn."""
+    return {name: Contender(name, scene, shape, device=device, lr=lr, val_poems=val_poems) for name in names}

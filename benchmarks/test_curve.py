@@ -1,0 +1,49 @@
+"""Loss against time: a small model from random weights, every contender given the same seconds of training in turn.
+
+The loss is that of held-out poems over their real tokens, by the same code for all, outside the clock. All take AdamW at one constant rate and clip at 1.0.
+"""
+
+import pytest
+
+from benchmarks import race
+from benchmarks.scene import DEVICES, SMALL
+from benchmarks.worker import CONTENDERS
+
+pytestmark = pytest.mark.timeout(
+    900
+)  # slow machines: a turn of the notebook's, with everybody's start before the first
+TURNS, SECONDS = 4, 4.0
+HELD_OUT, RATE = 256, 5e-4
+ENOUGH = 500  # steps for the fastest, on a machine ten times as fast as two cores
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def contest(request, scene):
+    programme = race.Programme(scene.store(), HELD_OUT)
+    contenders = race.start(scene, SMALL, device=request.param, lr=RATE, val_poems=HELD_OUT)
+    batches = programme.epoch(min(programme.order.steps, TURNS * ENOUGH))
+    done = dict.fromkeys(CONTENDERS, 0)
+    curves = {name: [(0.0, one.loss())] for name, one in contenders.items()}
+
+    def turn(name):
+        """Train on the next batches and return the whole curve, [(seconds, loss)]."""
+        left = batches[name].part(range(done[name], min(done[name] + ENOUGH, len(batches[name].rows))))
+        took = contenders[name].turn(left, SECONDS)
+        done[name] += took["steps"]
+        curves[name].append((curves[name][-1][0] + took["seconds"], contenders[name].loss()))
+        return curves[name], done[name]
+
+    yield turn, request.param
+    for one in contenders.values():
+        one.close()
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("number", range(TURNS))
+def test_loss_against_time(benchmark, contest, number, contender):
+    turn, device = contest
+    benchmark.group = f"loss against time on {device}, turn {number}"
+    curve, steps = benchmark.pedantic(turn, args=(contender,), rounds=1)
+    benchmark.extra_info.update(
+        kind="curve", contender=contender, turn=number, device=device, curve=list(curve), steps=steps
+    )

@@ -1,0 +1,196 @@
+"""The benchmarks measure what they say: the Trainer's loop, the race, the counted work, and the report of made-up measurements."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import arithmetic, peers, race, report, scene, test_stages
+from fastpoem.model.gpt2 import GPT2
+
+TINY = dataclasses.replace(scene.FULL, vocab_size=1901, n_positions=512, n_embd=32, n_layer=2, n_head=2)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return scene.make_scene(tmp_path_factory.mktemp("scene"), real=False, poems=2000)
+
+
+@pytest.fixture(scope="module")
+def programme(place):
+    return race.Programme(place.store(), val_poems=64)
+
+
+def test_made_up_poems_have_the_lengths_of_real_ones(programme):
+    assert len(programme.lengths) == 2000
+    assert abs(programme.lengths.mean() - 64.4) < 4  # of the 217,561, [CLS] and [SEP] counted
+    assert np.isin(programme.lengths, [34, 50, 66]).mean() == pytest.approx(0.68, abs=0.04)
+    random, ours = (programme.figures(programme.evenly(16)[name]) for name in ("notebook", "fastpoem"))
+    assert random["tokens"] / random["padded"] < 0.5 < 0.85 < ours["tokens"] / ours["padded"]
+
+
+def flat(batches):
+    return [row for batch in batches for row in batch]
+
+
+def test_who_trains_on_what(programme):
+    chosen = programme.evenly(8)
+    assert chosen["notebook"].rows == chosen["trainer, plain"].rows
+    assert sorted(flat(chosen["fastpoem"].rows)) == sorted(flat(chosen["trainer, sorted"].rows))
+    by_length = [programme.lengths[row] for row in flat(chosen["trainer, sorted"].rows)]
+    assert by_length == sorted(by_length)
+    held = set(race.held_out_rows(2000, 64, 0).tolist())
+    assert not any(held & set(flat(one.rows)) for one in chosen.values())
+    hands = race.dealt(16, 4)
+    assert sorted(flat(hands)) == list(range(16)) and all(len(hand) == 4 for hand in hands)
+    assert max(map(sum, hands)) == min(map(sum, hands))  # short and long alike
+
+
+def test_contenders_train_in_turn_and_are_judged_alike(place, programme):
+    contenders = race.start(place, TINY, lr=1e-2, val_poems=64, names=["notebook", "trainer, sorted", "fastpoem"])
+    batches = programme.epoch(40)
+    before = {name: one.loss() for name, one in contenders.items()}
+    assert max(before.values()) - min(before.values()) < 1e-6  # the same weights, the same poems
+    for name, one in contenders.items():
+        assert one.turn(batches[name].part(range(3)))["steps"] == 3
+        took = one.turn(batches[name].part(range(3, 40)), seconds=0.2)
+        assert took["seconds"] >= 0.2 and 1 <= took["steps"] <= 37
+        one.turn(batches[name].part(range(3, 13)))
+        after = one.loss()
+        assert (
+            after < before[name] - 0.3 if name in race.SORTED else abs(after - before[name]) > 0.1
+        )  # it learns padding
+    wrong = dataclasses.replace(batches["fastpoem"].part([0]), steps=[5])
+    with pytest.raises(RuntimeError, match="not of the poems"):
+        contenders["fastpoem"].turn(wrong)
+    for one in contenders.values():
+        one.close()
+
+
+def test_the_trainer_is_masked_loss_clip_and_adamw(small_model, tmp_path):
+    from transformers import BertTokenizer, GPT2LMHeadModel
+
+    tokenizer = BertTokenizer.from_pretrained(small_model)
+    off = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    theirs, ours = (GPT2LMHeadModel.from_pretrained(small_model, **off) for _ in range(2))
+    lines = ["白日依山尽，黄河入海流。", "春江", "欲穷千里目", "更上一层楼，更上一层楼。"]
+    batches = [peers.tokenized(tokenizer, lines[at : at + 2]) for at in (0, 2)] * 2
+    trainer = peers.train(
+        theirs, tokenizer, batches, folder=tmp_path / "trainer", batch_size=2, lr=1e-3, max_steps=4,
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    assert trainer.state.global_step == 4
+    assert not (tmp_path / "trainer").exists() or not any((tmp_path / "trainer").iterdir())
+    optimizer = torch.optim.AdamW(ours.parameters(), lr=1e-3, weight_decay=0.0)
+    for batch in batches:
+        padded = tokenizer.pad(batch, return_tensors="pt")
+        ids = padded["input_ids"]
+        labels = ids.masked_fill(padded["attention_mask"] == 0, -100)
+        ours(input_ids=ids, attention_mask=padded["attention_mask"], labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, one), other in zip(theirs.named_parameters(), ours.parameters(), strict=True):
+        if not name.endswith(
+            "c_attn.bias"
+        ):  # a key's bias has no gradient but rounding, which AdamW makes as large as any
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_counted_work():
+    model = GPT2(TINY)
+    model.initialise(0)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(TINY.vocab_size, (3, 10))).sum().backward()
+    counted = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    products = sum(flops for op, flops in counted.items() if op in ("aten.mm", "aten.addmm"))
+    assert products == 6 * arithmetic.matrix_weights(TINY) * 30
+    attention = arithmetic.model_flops(TINY, [10] * 3) - products
+    assert attention == 3 * 12 * 2 * 32 * 55  # 3 poems, 12 L D, 1 + … + 10 keys
+    assert arithmetic.matrix_weights(scene.FULL) == 58_693_632
+    assert arithmetic.best_product(arithmetic.products(TINY, 64), torch.float32, "cpu") > 1e6
+
+
+def test_stages_of_a_tiny_step():
+    step, rows = scene.make_step(TINY, "cpu", poems=2, longest=9), scene.made_up_rows(TINY, 2, 9)
+    before = step.optimizer.master.clone()
+    for given, run in test_stages.stages(step, rows).values():
+        run(*given())
+    assert not torch.equal(before, step.optimizer.master)
+    assert step.optimizer.applied.item() == 2  # "update" and "step"
+
+
+def measured(tmp_path):
+    """JSON as pytest-benchmark writes it: fastpoem 6 times the notebook in turn 0 and 3 times in turn 1."""
+    rows = []
+
+    def row(median, /, **extra):
+        rows.append({"name": "test", "stats": {"median": median}, "extra_info": extra})
+
+    for turn in (0, 1):
+        for name, seconds in (
+            ("notebook", 30.0 - 12 * turn),
+            ("trainer, plain", 20.0),
+            ("trainer, sorted", 8.0),
+            ("fastpoem", 5.0 + turn),
+        ):
+            row(seconds, kind="throughput", contender=name, turn=turn, device="cpu", corpus="real poems", seconds=seconds, steps=4,
+                poems=64, tokens=4000, padded=8000)  # fmt: skip
+            curve = [(0.0, 10.0), (5.0 * (turn + 1), 8.0 - turn)]
+            row(5.0, kind="curve", contender=name, turn=turn, device="cpu", curve=curve, steps=10 * (turn + 1))
+    for stage, seconds in (
+        ("feed", 0.0002),
+        ("forward", 0.5),
+        ("loss", 0.03),
+        ("backward", 0.9),
+        ("update", 0.05),
+        ("step", 1.5),
+    ):
+        row(seconds, kind="stage", stage=stage, device="cpu")
+    row(10.0, kind="share", device="cpu", flops_per_s=240e9, best_product=300e9, share=0.8)
+    row(1.5, kind="scaling", axis="length", at=66, device="cpu", tokens_per_s=700, flops_per_s=250e9)
+    row(1.0, some="other benchmark")
+    info = {"cpu": {"brand_raw": "A Processor", "count": 2, "flags": ["avx512f", "sse"]}, "python_version": "3.11.7"}
+    path = tmp_path / "measured.json"
+    path.write_text(
+        json.dumps({"machine_info": {**info, "torch": "2.13.0", "threads": 2, "gpu": None}, "benchmarks": rows})
+    )
+    return path
+
+
+def test_report(tmp_path, capsys):
+    assert report.main([str(measured(tmp_path)), "--out", str(tmp_path / "figures")]) == 0
+    said = capsys.readouterr().out
+    assert "A Processor, 2 cores, avx512f, 2 threads, torch 2.13.0, Python 3.11.7" in said
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()]
+    assert ["notebook", "2.67", "167", "50%", "**4.36**", "3.00 to 6.00"] in lines  # 128 poems in 48 s; 48 s against 11
+    assert ["trainer, sorted", "8.00", "500", "50%", "**1.45**", "1.33 to 1.60"] in lines
+    assert ["fastpoem", "11.64", "727", "50%", "", ""] in lines
+    assert ["backward", "900 ms", "60.0%"] in lines
+    assert ["fastpoem", "20", "7.000", "10.000"] in lines
+    assert "**80%** of the best product" in said
+    made = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert made == ["loss.png", "stages.png", "throughput.png"]
+    for path in (tmp_path / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000
+
+
+def test_report_of_a_part(tmp_path, capsys):
+    path = measured(tmp_path)
+    content = json.loads(path.read_text())
+    content["benchmarks"] = [row for row in content["benchmarks"] if row["extra_info"].get("kind") == "share"]
+    path.write_text(json.dumps(content))
+    assert report.main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    said = capsys.readouterr().out
+    assert "80%" in said and "Throughput" not in said and not list((tmp_path / "figures").iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": [{}], "machine_info": {}}'])
+def test_report_of_something_else(tmp_path, capsys, content):
+    path = tmp_path / "other.json"
+    path.write_text(content)
+    assert report.main([str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
