@@ -69,8 +69,8 @@ static cudaError_t launch(
     cudaError_t error = enqueue(stream, &captured);
     if (error) return error;
     fill(name_of(kernel), arguments, stream);
-    say("L %s %s grid=%u,%u,%u block=%u shared=%zu stream=%d capture=%d", kind, name_of(kernel), grid.x, grid.y, grid.z,
-        block.x * block.y * block.z, shared, stream->number, captured);
+    say("L %s %s grid=%u,%u,%u block=%u shared=%zu device=%d stream=%d capture=%d", kind, name_of(kernel), grid.x, grid.y, grid.z,
+        block.x * block.y * block.z, shared, stream->device, stream->number, captured);
     return OK;
 }
 
@@ -194,7 +194,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** argument
         Stream* stream = stream_of(handle);                                                                       \
         int captured;                                                                                             \
         if (enqueue(stream, &captured)) return CUBLAS_STATUS_EXECUTION_FAILED;                                    \
-        say("G " format " stream=%d capture=%d", __VA_ARGS__, stream->number, captured);                          \
+        say("G " format " device=%d stream=%d capture=%d", __VA_ARGS__, stream->device, stream->number, captured); \
         return CUBLAS_STATUS_SUCCESS;                                                                             \
     } while (0)
 #define ONE(op) ("NTC"[op])

@@ -176,7 +176,8 @@ static cudaError_t copy(const char* what, void* to, const void* from, size_t byt
     }
     if ((error = enqueue(stream, &number))) return error;
     write_now_or_later((Write){.to = to, .from = from, .bytes = bytes}, stream);
-    say("M %s %s%s %zu stream=%d capture=%d", what, way, pageable ? " pageable" : "", bytes, stream->number, number);
+    say("M %s %s%s %zu device=%d stream=%d capture=%d", what, way, pageable ? " pageable" : "", bytes, stream->device,
+        stream->number, number);
     return OK;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, enum cudaMemcpyKind kind) {
@@ -192,7 +193,7 @@ static cudaError_t fill(const char* what, void* to, int value, size_t bytes, cud
     cudaError_t error = enqueue(stream, &number);
     if (error) return error;
     write_now_or_later((Write){.to = to, .bytes = bytes, .pattern = {value}, .width = 1}, stream);
-    say("M %s fill %zu stream=%d capture=%d", what, bytes, stream->number, number);
+    say("M %s fill %zu device=%d stream=%d capture=%d", what, bytes, stream->device, stream->number, number);
     return OK;
 }
 cudaError_t cudaMemset(void* to, int value, size_t bytes) { return fill("cudaMemset", to, value, bytes, 0); }

@@ -9,7 +9,7 @@
 #include <string.h>
 
 typedef struct Event {
-    int recorded, capture;  // capture: the number of the one it was recorded in, 0 outside
+    int recorded, device, capture;  // capture: the number of the one it was recorded in, 0 outside
     unsigned seen[MEMBERS];
 } Event;
 
@@ -105,7 +105,7 @@ static cudaError_t wait_for_stream(const char* what, cudaStream_t handle, int lo
     Stream* stream = stream_of(handle);
     if (stream->capture) return refuse(stream->capture, what, "the stream is capturing", cudaErrorStreamCaptureUnsupported);
     cudaError_t error = unsafe(what);
-    if (!error && log) say("S %s stream=%d", what, stream->number);
+    if (!error && log) say("S %s device=%d stream=%d", what, stream->device, stream->number);
     return error;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) { return wait_for_stream("cudaStreamSynchronize", handle, 1); }
@@ -141,8 +141,10 @@ static cudaError_t record(cudaEvent_t handle, cudaStream_t where) {
     Stream* stream = stream_of(where);
     pthread_mutex_lock(&big);
     event->recorded = 1;
+    event->device = stream->device;
     event->capture = stream->capture ? stream->capture->number : 0;
     if (stream->capture) memcpy(event->seen, stream->capture->seen[stream->member], sizeof event->seen);
+    say("E record device=%d stream=%d capture=%d", stream->device, stream->number, event->capture);
     pthread_mutex_unlock(&big);
     return OK;
 }
@@ -154,7 +156,7 @@ static cudaError_t ask(const char* what, cudaEvent_t handle, int log) {
     if (event->capture)
         return refuse(going_on(event->capture), what, "the event was recorded in a capture", cudaErrorCapturedEvent);
     cudaError_t error = unsafe(what);
-    if (!error && log) say("S %s", what);
+    if (!error && log) say("S %s device=%d", what, event->device);
     return error;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return ask("cudaEventSynchronize", event, 1); }
@@ -300,7 +302,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t handle) {
     int captured;
     cudaError_t error = enqueue(stream, &captured);
     if (error) return error;
-    say("GL graph=%d nodes=%d stream=%d capture=%d", graph->number, graph->nodes, stream->number, captured);
+    say("GL graph=%d nodes=%d device=%d stream=%d capture=%d", graph->number, graph->nodes, stream->device, stream->number, captured);
     for (Write* one = graph->writes; one && !captured; one = one->next) {
         if (kind_of(one->to, NULL) == NOWHERE || (one->from && kind_of(one->from, NULL) == NOWHERE)) {
             say("X cudaGraphLaunch: graph %d copies %zu bytes from or to memory that was freed", graph->number, one->bytes);
