@@ -43,6 +43,7 @@ class Command:
 
     def __init__(self, cache: Path, folder: Path) -> None:
         self.cache, self.folder, self.count = cache, folder, 0
+        self.running: list[subprocess.Popen] = []
 
     def start(self, module: str, *arguments: object, extra: dict[str, str] | None = None, **card: int) -> tuple:
         self.count += 1
@@ -52,6 +53,7 @@ class Command:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+        self.running.append(process)
         return process, log
 
     def __call__(self, module: str, *arguments: object, **options) -> Outcome:
@@ -73,8 +75,13 @@ class Command:
 
 
 @pytest.fixture
-def command(cache, tmp_path) -> Command:
-    return Command(cache, tmp_path)
+def command(cache, tmp_path):
+    command = Command(cache, tmp_path)
+    yield command
+    for process in command.running:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +98,13 @@ def wide(tmp_path_factory) -> list[str]:
     """Flags for the full model's width and vocabulary, by which its kernels are compiled, at two layers; the bundled verses."""
     folder = tiny_model(tmp_path_factory.mktemp("wide") / "model", BUNDLED / "model")
     file = folder / "config.json"
-    shape = json.loads(file.read_text()) | {"n_embd": 768, "n_layer": 2, "n_head": 12, "n_positions": 512, "vocab_size": 21128}
+    shape = json.loads(file.read_text()) | {
+        "n_embd": 768,
+        "n_layer": 2,
+        "n_head": 12,
+        "n_positions": 512,
+        "vocab_size": 21128,
+    }
     file.write_text(json.dumps(shape))
     return ["--data", str(BUNDLED / "poems.txt"), "--model", str(folder), "--from-scratch", "--device", "cuda:0"]
 

@@ -60,7 +60,13 @@ def test_operations_are_logged_by_kind(x, tape):
 
 
 def test_fills_and_copies_are_done_and_nothing_else_is(x):
-    for value, dtype in ((1.5, torch.float32), (3, torch.int64), (-2.0, torch.bfloat16), (True, torch.bool), (1.5, torch.double)):
+    for value, dtype in (
+        (1.5, torch.float32),
+        (3, torch.int64),
+        (-2.0, torch.bfloat16),
+        (True, torch.bool),
+        (1.5, torch.double),
+    ):
         assert torch.full((33,), value, dtype=dtype, device="cuda").tolist() == [value] * 33
     assert torch.arange(5).cuda().cpu().tolist() == [0, 1, 2, 3, 4]
     x.mul_(5)
@@ -200,6 +206,8 @@ def test_the_log_is_read_as_it_is_written():
     ]  # fmt: skip
     parts = parse(lines).split()
     assert [*parts] == ["", "step 1", "step 2"]
-    assert len(parts["step 1"].launches) == 1 and parts["step 1"].copies[0].stream == 3 and len(parts["step 1"].waits) == 1
+    assert (
+        len(parts["step 1"].launches) == 1 and parts["step 1"].copies[0].stream == 3 and len(parts["step 1"].waits) == 1
+    )
     (one,) = parts["step 2"].captures
     assert one.failed and len(one.operations) == 1 and not parts["step 2"].done and len(parts["step 2"].refused) == 1
