@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-pretend-gpu lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastpoem.train
@@ -17,6 +17,20 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
+
+# The CUDA path where there is no GPU (tests/pretend_gpu/README.md): a CUDA build of PyTorch, 5.4 GB, in an environment of its own.
+GPU_VENV := .venv-pretend-gpu
+test-pretend-gpu: $(GPU_VENV)/.installed
+	$(GPU_VENV)/bin/python tests/pretend_gpu/pretend.py test
+
+$(GPU_VENV)/.installed: pyproject.toml tests/pretend_gpu/constraints.txt
+	@for tool in gcc nm; do command -v $$tool >/dev/null || \
+		{ echo "make test-pretend-gpu needs $$tool: install a C compiler and binutils (Debian: apt-get install gcc binutils)" >&2; exit 1; }; done
+	$(PYTHON) -m venv $(GPU_VENV)
+	@echo "installing into $(GPU_VENV) PyTorch's CUDA build (some minutes the first time)"
+	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/pretend_gpu/constraints.txt \
+		--editable . pytest pytest-timeout coverage
+	@touch $@
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json benchmarks.json
@@ -37,4 +51,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

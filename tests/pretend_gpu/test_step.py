@@ -1,0 +1,311 @@
+"""A step of training, read from the launch log: one graph launch and a small message, and nothing else that a card or a host must do.
+
+The loop runs as `fastpoem.train` runs it, in this process, and each step's part of the log is cut out. Every assertion has its control: what
+it must catch is planted and caught.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from pretend import Log, Tape
+
+from fastpoem.cli import parse
+from fastpoem.config import TrainConfig, with_defaults
+from fastpoem.engine import build, compile
+from fastpoem.engine.compile import forms
+from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.step import Pieces, account, rng_state
+from fastpoem.run.fit import assembled
+from fastpoem.run.loop import Loop
+from fastpoem.run.metrics import Voice
+from fastpoem.run.signals import StopRequest
+
+SMALL = 4096  # bytes of a step's copies: 16 poems' places, or their ids
+
+
+class Heard(Voice):
+    """A voice that keeps what it says."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
+@contextlib.contextmanager
+def training(flags, *more) -> Iterator[tuple[Loop, list[str]]]:
+    """The loop of a run with these flags, and what has been said."""
+    arguments = [*map(str, [*flags, *more])]
+    config = parse(TrainConfig, arguments, default=with_defaults(parse(TrainConfig, arguments))).check()
+    voice = Heard()
+    with assembled(config, voice) as (loop, _):
+        yield loop, voice.lines
+
+
+class Step:
+    """What one step did: its log, the blocks it asked of PyTorch's allocator, and whether it was one of those that may do more."""
+
+    def __init__(self, log: Log, blocks: int, compiled: int, spoke: bool, new_shape: bool) -> None:
+        self.log, self.blocks, self.compiled, self.spoke, self.new_shape = log, blocks, compiled, spoke, new_shape
+
+    def assert_lean(self) -> None:
+        """One graph launch, at most two small copies from pinned memory; nobody waits, nothing is allocated or compiled."""
+        log = self.log
+        assert not log.refused and not log.captures, (log.refused, log.captures)
+        assert len(log.graph_launches) == 1, str(log)
+        assert len(log.done) == 1 + len(log.copies), f"beside the graph: {log}"
+        assert len(log.copies) <= 2 and sum(copy.bytes for copy in log.copies) <= SMALL, log.copies
+        assert all(copy.way == "H2D" and not copy.pageable for copy in log.copies), log.copies
+        assert not log.waits, log.waits
+        assert not log.allocations and not log.pinned and self.blocks == 0
+        assert self.compiled == 0
+
+
+def blocks() -> int:
+    return torch.cuda.memory_stats()["allocation.all.allocated"]
+
+
+def observe(loop: Loop, tape: Tape) -> list[Step]:
+    """Run `loop` to its end as its command does. The steps, without what the checkpoint's thread does meanwhile."""
+    steps: list[Step] = []
+    one_step = loop.one_step
+
+    def observed() -> None:
+        loop.saver.wait()
+        launch = loop.step.launch
+        shapes = len(launch.recorded) if isinstance(launch, Graphs) else 0
+        before, seen = blocks(), forms()
+        tape.take()
+        one_step()
+        log = tape.take()
+        new = isinstance(launch, Graphs) and len(launch.recorded) > shapes
+        spoke = loop._is_regular(loop.done) or loop.done == loop.last_step or loop.watch.count == 0
+        steps.append(Step(log, blocks() - before, forms() - seen, spoke, new))
+
+    loop.one_step = observed
+    loop.run(StopRequest())
+    return steps
+
+
+@pytest.mark.parametrize("compiled", ["off", "on"])
+@pytest.mark.parametrize("batching", ["bucket", "pack", "pad"])
+@pytest.mark.parametrize("resident", [True, False])
+def test_between_log_lines_a_step_is_one_graph_launch(tiny, tmp_path, tape, monkeypatch, batching, compiled, resident):
+    monkeypatch.setattr(build, "RESIDENT", build.RESIDENT if resident else 0)
+    more = [
+        "--out",
+        tmp_path / "run",
+        "--batching",
+        batching,
+        "--compile",
+        compiled,
+        "--epochs",
+        5,
+        "--log-every",
+        1000,
+    ]
+    with training(tiny, *more) as (loop, said):
+        begun = tape.take()
+        steps = observe(loop, tape)
+        recorded = loop.step.launch.recorded
+    assert len(steps) == 5 * 14 and not loop.step.launch.broken
+    quiet = [step for step in steps if not step.spoke and not step.new_shape]
+    assert len(quiet) >= (60 if batching == "bucket" else 30)
+    for step in quiet:
+        step.assert_lean()
+        assert len(step.log.copies) == (1 if resident else 2)
+    if batching == "bucket":  # all of them before the first step
+        assert len(begun.captures) == len(recorded) >= 3 and not any(step.new_shape for step in steps)
+        launched = {entry.values["graph"] for step in steps for entry in step.log.graph_launches}
+        assert len(launched) == len(recorded)
+    assert any("CUDA graphs" in line for line in said)
+
+
+def test_without_graphs_a_step_still_waits_for_nothing(tiny, tmp_path, tape):
+    more = ["--out", tmp_path / "run", "--compile", "off", "--graphs", "off", "--epochs", 2, "--log-every", 1000]
+    with training(tiny, *more) as (loop, _):
+        steps = observe(loop, tape)
+    seen: set[str] = set()
+    for step in steps:
+        if not step.spoke and len(seen) > 2:
+            assert not step.log.waits and not step.log.graph_launches and len(step.log.launches) > 20
+            with pytest.raises(AssertionError):  # the control: this is not lean
+                step.assert_lean()
+        seen.add(str(step.log))
+
+
+def test_dropout_is_drawn_anew_at_each_replay(tiny, tmp_path, tape):
+    """The generator is registered with the graph: each launch moves its offset on, by as much as the plain step does."""
+    offsets = {}
+    for graphs in ("on", "off"):
+        more = [
+            "--out",
+            tmp_path / graphs,
+            "--compile",
+            "off",
+            "--graphs",
+            graphs,
+            "--max-steps",
+            6,
+            "--log-every",
+            1000,
+        ]
+        with training(tiny, *more) as (loop, _):
+            found = [rng_state(loop.device)]
+            for _ in range(5):
+                loop.one_step()
+                found.append(rng_state(loop.device))
+        offsets[graphs] = [int(state.view(torch.int64)[1]) for state in found]
+        assert all(later > earlier for earlier, later in zip(offsets[graphs], offsets[graphs][1:], strict=False))
+    assert offsets["on"] == offsets["off"]
+
+
+def test_recording_leaves_no_trace(tiny, tmp_path, tape):
+    """Weights, moments, account and learning rate after the warm-up and the recordings are those before."""
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off") as (loop, _):
+        step = loop.step
+        assert len(step.launch.recorded) >= 3
+        assert all(
+            not tensor.any() for tensor in [*step.account, step.message, step.optimizer.exp_avg, step.optimizer.applied]
+        )
+    with training(tiny, "--out", tmp_path / "plain", "--compile", "off", "--graphs", "off") as (loop, _):
+        assert torch.equal(loop.step.optimizer.master, step.optimizer.master)
+        assert torch.equal(loop.step.optimizer.working, step.optimizer.working)
+
+
+# ---- controls: what must be caught is planted
+
+
+def test_a_planted_item_breaks_the_recording_and_training_goes_on(tiny, tmp_path, tape, monkeypatch):
+    def asks(to, loss, *rest):
+        loss.item()
+        account(to, loss, *rest)
+
+    monkeypatch.setattr(build, "Pieces", lambda model: Pieces(model, account=asks))
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000) as (loop, said):
+        begun = tape.take()
+        steps = observe(loop, tape)
+    assert any(entry.words[0].startswith("cudaStreamSynchronize") for entry in begun.refused)
+    assert [one.failed for one in begun.captures] == [True]
+    assert any("could not be recorded as a CUDA graph" in line and "one by one" in line for line in said)
+    assert len(steps) == 14
+    for step in steps[1:-1]:
+        assert step.log.waits and not step.log.graph_launches
+        with pytest.raises(AssertionError):
+            step.assert_lean()
+
+
+def _keep(kept):
+    return lambda: kept.append(torch.empty(64 << 20, dtype=torch.uint8, device="cuda"))
+
+
+PLANTED = {
+    "an allocation": _keep([]),
+    "a small tensor": lambda: torch.empty(1, device="cuda"),
+    "a kernel": lambda at=[]: (at or at.append(torch.zeros(4, device="cuda"))) and None or at[0].add_(1),  # noqa: B006
+    "a copy from pageable memory": lambda: torch.zeros(4).to("cuda"),
+    "a read": lambda: torch.cuda.current_stream().synchronize(),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_what_is_planted_into_a_step_is_caught(tiny, tmp_path, tape, what):
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000) as (loop, _):
+        send = loop.step.send
+        loop.step.send = lambda rows, lr: (PLANTED[what](), send(rows, lr))
+        steps = observe(loop, tape)
+    for step in steps[1:-1]:
+        with pytest.raises(AssertionError):
+            step.assert_lean()
+
+
+def test_a_stray_shape_is_caught(tiny, tmp_path, tape):
+    """It is recorded when it comes; that step is no lean one, and the next of that shape is."""
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000) as (loop, _):
+        feed, stray = loop.feed, []
+
+        def longer(step):
+            rows = feed(step)
+            stray.append(rows.shape.longest == loop.step.launch.longest_at_first)
+            return rows._replace(shape=rows.shape._replace(longest=rows.shape.longest + 1))
+
+        loop.step.launch.longest_at_first = 0
+        loop.feed = longer
+        known = len(loop.step.launch.recorded)
+        steps = [step for step in observe_steps(loop, tape, 10)]
+        assert len(loop.step.launch.recorded) > known
+    new = [step for step in steps if step.new_shape]
+    assert new
+    for step in steps:
+        if step.new_shape:
+            with pytest.raises(AssertionError):
+                step.assert_lean()
+        elif not step.spoke:
+            step.assert_lean()
+
+
+def observe_steps(loop: Loop, tape: Tape, count: int) -> list[Step]:
+    """The first `count` steps."""
+    loop.model.train()
+    steps = []
+    for _ in range(count):
+        before, seen, shapes = blocks(), forms(), len(loop.step.launch.recorded)
+        tape.take()
+        loop.one_step()
+        spoke = loop._is_regular(loop.done)
+        new = len(loop.step.launch.recorded) > shapes
+        steps.append(Step(tape.take(), blocks() - before, forms() - seen, spoke, new))
+    return steps
+
+
+def test_a_recompilation_is_caught(tiny, tmp_path, tape):
+    """The compiled form serves every length, but only batches of one size."""
+    with training(tiny, "--out", tmp_path / "run", "--compile", "on", "--graphs", "off") as (loop, _):
+        seen = forms()
+        loop.one_step()
+        assert forms() == seen
+        width = len(loop.step.message)
+        ids = torch.zeros(width, 9, dtype=torch.int64, device="cuda")
+        loop.step.pieces.model(ids, None)
+        assert forms() > seen
+
+
+# ---- fallbacks
+
+
+def test_what_cannot_be_compiled_runs_plain_and_says_so(tiny, tmp_path, tape, monkeypatch):
+    def broken(model):
+        def refuse(*_):
+            raise RuntimeError("no such instruction\nmore of it")
+
+        return Pieces(refuse, autograd=True)
+
+    monkeypatch.setattr(build, "compiled_pieces", broken)
+    with training(tiny, "--out", tmp_path / "run", "--compile", "auto", "--log-every", 1000) as (loop, said):
+        steps = observe(loop, tape)
+    assert any(line.startswith("the model could not be compiled (no such instruction)") for line in said)
+    steps[5].assert_lean()
+    with (
+        pytest.raises(RuntimeError, match="no such instruction"),
+        training(tiny, "--out", tmp_path / "on", "--compile", "on"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("why", ["there is no C compiler", "Triton cannot be imported (…)"])
+def test_without_a_compiler_auto_runs_plain_and_says_so(tiny, tmp_path, tape, monkeypatch, why):
+    monkeypatch.setattr(build, "why_not_compile", lambda device: why)
+    with training(tiny, "--out", tmp_path / "run", "--compile", "auto") as (_, said):
+        assert f"the model is not compiled: {why}" in said
+
+
+def test_triton_that_is_not_there_is_named(monkeypatch):
+    import sys
+
+    assert compile.why_not_compile(torch.device("cuda")) is None
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "Triton cannot be imported" in compile.why_not_compile(torch.device("cuda"))
