@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastpoem.corpus.feed import SLOT, SLOT_LONGEST, Rows, Shape
 from fastpoem.engine.batch import assemble
-from fastpoem.engine.compile import compiled_pieces, forms
+from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
@@ -65,7 +65,8 @@ def run(name: str, device: torch.device) -> list[Record]:
     """The records of one check. What raises is a record that is not ok, with the reason."""
     piece, first, *more = name.split()
     if piece == "kernels":
-        return kernel_check.check(device, rows=1030, vocabulary=int(first), parameters=4_000_000)
+        rows = 1030 if device.type == "cuda" else 128  # a step has about a thousand; the CPU is only shown to be right
+        return kernel_check.check(device, rows, int(first), parameters=4_000_000)
     dtype = getattr(torch, first)
     shape = REAL if "full" in more else SMALL
     checks: dict[str, Callable[[], list[Record]]] = {
@@ -101,7 +102,7 @@ def batches(packed: bool, shape: GPT2Config = SMALL, count: int = STEPS) -> list
     """Poems of every length in batches of three sizes, random ids."""
     draw, made = torch.Generator().manual_seed(5), []
     for number in range(count):
-        longest = (67, 35, 51)[number % 3]
+        longest = (67, 33, 51)[number % 3]  # 66, 32 and 50 inputs: divisible by 8, and not
         lengths = torch.randint(2, longest + 1, (POEMS,), generator=draw)
         lengths[number % POEMS] = longest
         ids = torch.randint(1, shape.vocab_size, (POEMS * longest,), generator=draw).short()
@@ -126,17 +127,32 @@ def make_step(
     return TrainStep(Pieces(model), optimizer, source, poems=POEMS, pad_id=0)
 
 
-def train(step: TrainStep, rows: Sequence[Rows], gradient: bool = False) -> Trace:
-    """Train on `rows`. Nothing is read from the device before the end, as in training; but the first gradient where it is wanted."""
+def compile_step(step: TrainStep, rows: Sequence[Rows], backend: str | None = None) -> None:
+    """Compile the step and warm it up. A CPU, where training does not compile, gets the front half of the compiler."""
+    step.pieces = compiled_pieces(
+        step.optimizer.module, backend or ("inductor" if step.device.type == "cuda" else "aot_eager")
+    )
+    for shape in one_of_each_form([one.shape for one in rows]):
+        with step.rehearsal(shape):
+            step.work(shape)
+
+
+def train(step: TrainStep, rows: Sequence[Rows], begin: Tensor | None = None, gradient: bool = False) -> Trace:
+    """Train on `rows`, from the weights `begin` (P,) if given. Nothing is read from the device before the end, as in training; but the
+    first gradient where it is wanted."""
     optimizer, seen = step.optimizer, {}
+    if begin is not None:
+        optimizer.master.copy_(begin)
+        for tensor in (optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.applied):
+            tensor.zero_()
+        optimizer.reload()
     start = optimizer.master.clone()
     torch.manual_seed(1)
     for number, one in enumerate(rows):
         step(one, RATE * (1 + number % 2))
         if gradient and number == 0:
             seen = {name: part.detach().double().cpu() for name, part in optimizer.named(optimizer.grad)}
-    losses = step.account.losses[-len(rows) :].double().cpu()
-    return Trace(losses, seen, (optimizer.master - start).cpu())
+    return Trace(step.account.losses[-len(rows) :].double().cpu(), seen, (optimizer.master - start).cpu())
 
 
 def replay(
@@ -147,33 +163,28 @@ def replay(
     Some of PyTorch's backward kernels add in whatever order threads come, so that a step does not repeat itself bit for bit. It is run
     twice, and a replay may differ four times as far as that; 1e-6 (bf16: 1e-3) where it does repeat itself.
     """
-    rows, worst = batches(packed, shape), Record("", True, error=0.0, tolerance=_floor(dtype))
-    traces = []
+    rows, floor = batches(packed, shape), 1e-6 if dtype == torch.float32 else 1e-3
+    found, plains, said = list[Record](), list[Trace](), list[str]()
     for dropout in (0.0, 0.1):
-        for kind in ("plain", "again", "replayed"):
-            step = make_step(device, dtype, shape, packed, dropout)
-            if compiles:
-                step.pieces = compiled_pieces(step.optimizer.module, _backend(device))
-                with step.rehearsal(rows[0].shape):
-                    step.work(rows[0].shape)
-            if kind == "replayed":
-                said: list[str] = []
-                step.launch = graphs = Graphs(step, said.append)
-                graphs.record({one.shape for one in rows})
-                if graphs.broken:
-                    return Record("", False, note=said[-1])
-            traces.append(train(step, rows))
-        plain, again, replayed = traces[-3:]
+        step = make_step(device, dtype, shape, packed, dropout)
+        if compiles:
+            compile_step(step, rows)
+        begun = step.optimizer.master.clone()
+        plain, again = train(step, rows, begun), train(step, rows, begun)
         if note := _lifeless(plain):
             return Record("", False, note=note)
-        error, spread = difference(replayed, plain), difference(again, plain)
-        tolerance = max(_floor(dtype), 4 * spread)
-        if not error <= tolerance or error / tolerance >= _ratio(worst):
-            note = f"dropout {dropout:g}, the plain step repeats itself to {spread:.1g}"
-            worst = Record("", worst.ok and error <= tolerance, error=error, tolerance=tolerance, note=note)
-    if difference(traces[3], traces[0]) == 0:
+        step.launch = graphs = Graphs(step, said.append)
+        graphs.record({one.shape for one in rows})
+        if graphs.broken:
+            return Record("", False, note=said[-1])
+        error, spread = difference(train(step, rows, begun), plain), difference(again, plain)
+        allowed = max(floor, 4 * spread)
+        note = f"dropout {dropout:g}, the plain step repeats itself to {spread:.1g}"
+        found.append(Record("", error <= allowed, error=error, tolerance=allowed, note=note))
+        plains.append(plain)
+    if difference(*plains) == 0:
         return Record("", False, note="dropout drops nothing")
-    return worst
+    return max(found, key=_ratio)
 
 
 def compiled(
@@ -188,29 +199,27 @@ def compiled(
     In bf16 both round, in different places: the compiled step may be twice as far from the fp32 step as the eager one is.
     """
     rows = batches(packed, shape)
-    truth = train(make_step(device, torch.float32, shape, packed, 0.0, math.inf), rows, gradient=True)
+
+    def eager(dtype: torch.dtype) -> Trace:
+        return train(make_step(device, dtype, shape, packed, 0.0, math.inf), rows, gradient=True)
+
+    truth = eager(torch.float32)
     if note := _lifeless(truth):
         return Record("", False, note=note)
     step = make_step(device, dtype, shape, packed, 0.0, math.inf)
-    step.pieces = compiled_pieces(step.optimizer.module, backend or _backend(device))
-    sizes = sorted({one.shape for one in rows}, key=lambda size: (size.packed, size.longest))
-    for size in (sizes[-1], sizes[0]):
-        with step.rehearsal(size):
-            step.work(size)
+    compile_step(step, rows, backend)
     seen = forms()
     mine = train(step, rows, gradient=True)
     if forms() != seen:
         return Record("", False, note="it was compiled again for a length that it should serve")
-    eager = truth
-    if dtype != torch.float32:
-        eager = train(make_step(device, dtype, shape, packed, 0.0, math.inf), rows, gradient=True)
+    rounded = truth if dtype == torch.float32 else eager(dtype)
     found = [Record("", True, error=0.0, tolerance=1.0)]
     for what, measure, least in (
         ("losses", lambda trace: _farthest(trace.losses, truth.losses), 1e-5 if dtype == torch.float32 else 2e-3),
         ("gradients", lambda trace: _worst_gradient(trace, truth), 1e-4),
         ("weights", lambda trace: _apart_by(trace.moved, truth.moved), 1e-2),
     ):
-        allowed = max(least, 2 * measure(eager))
+        allowed = max(least, 2 * measure(rounded))
         found.append(
             Record("", measure(mine) <= allowed, error=measure(mine), tolerance=allowed, note=f"farthest in {what}")
         )
@@ -227,14 +236,6 @@ def _lifeless(trace: Trace) -> str:
     if not bool(torch.isfinite(trace.losses).all()) or not bool(torch.isfinite(trace.moved).all()):
         return "the plain step's numbers are not finite"
     return "" if trace.losses.min() > 0 and trace.moved.norm() > 0 else "the plain step computes nothing"
-
-
-def _floor(dtype: torch.dtype) -> float:
-    return 1e-6 if dtype == torch.float32 else 1e-3
-
-
-def _backend(device: torch.device) -> str:
-    return "inductor" if device.type == "cuda" else "aot_eager"  # training on a CPU does not compile
 
 
 def _ratio(record: Record) -> float:
