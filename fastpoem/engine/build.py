@@ -13,6 +13,7 @@ from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form, wh
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep
+from fastpoem.engine.trust import Trusted
 from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import GPT2
 
@@ -27,11 +28,12 @@ def build_step(
     pad_id: int,
     shapes: Sequence[Shape],
     say: Callable[[str], None],
+    trusted: Trusted,
 ) -> TrainStep:
     """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. Raises InputError for what
     `config` insists on and this machine has not."""
     device, store = optimizer.master.device, feed.store
-    compiles = _compiles(config, device, say)
+    compiles = trusted.compile and _compiles(config, device, say)
     if config.graphs == "on" and device.type != "cuda":
         raise InputError("--graphs on", f"CUDA graphs run on CUDA devices, not on {device}", "use --graphs auto")
     if device.type == "cuda" and store.dtype.itemsize * sum(b.rows * b.length for b in store.buckets) <= RESIDENT:
@@ -58,7 +60,7 @@ def build_step(
         else:
             step.forms = forms
             say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
-    if device.type == "cuda" and config.graphs != "off":
+    if device.type == "cuda" and config.graphs != "off" and trusted.graphs:
         begin = time.perf_counter()
         graphs = Graphs(step, say)
         graphs.record(shapes)

@@ -34,6 +34,13 @@ def insist_on_flash() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def plain_attention() -> None:
+    """Keep scaled_dot_product_attention, from here on in this process, to plain operators."""
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def find_varlen(device: torch.device, dtype: torch.dtype) -> tuple[Varlen | None, str]:
     """(variable-length attention for packed batches, what that is in words)."""
     reason = why_not_flash(device, dtype)

@@ -25,15 +25,15 @@ from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.build import build_step
-from fastpoem.engine.kernels import choose_kernels
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
+from fastpoem.engine.trust import decide
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
 from fastpoem.model.find import resolve_folder
-from fastpoem.model.flash import find_varlen, insist_on_flash, why_not_flash
+from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.paths import user_cache
 from fastpoem.run import checkpoint, folder
@@ -127,6 +127,11 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     dtype, why = _choose_precision(config, device, shape, store, out)
     varlen, about_attention = _choose_attention(config, device, dtype)
+    trusted = decide(config, device, dtype, shape.vocab_size, voice.say)
+    if not trusted.sdpa:
+        plain_attention()
+    if varlen is not None and not trusted.varlen:
+        varlen, about_attention = None, None
     goes_on = config.resume and bool(checkpoint.listed(out))
     model = _model(config, shape, varlen, model_folder, goes_on=goes_on)
     model.to(device)
@@ -136,7 +141,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         dtype,
         weight_decay=config.weight_decay,
         max_norm=config.max_grad_norm,
-        kernels=choose_kernels(device, shape.vocab_size, voice.say),
+        kernels=trusted.kernels,
     )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(raw_config, shape, special), tokenizer.files)
@@ -146,7 +151,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     with current, folder.claim(out, fresh=not config.resume) as claim:
         identity = folder.identity(config, store, shape, dtype)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off")
-        step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, _shapes(order, feed), voice.say)
+        shapes = _shapes(order, feed)
+        step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, shapes, voice.say, trusted)
         loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside, claim.hold)
         torch.manual_seed(config.seed)
         state = _resume(loop, config) if config.resume else None

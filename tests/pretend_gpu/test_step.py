@@ -206,7 +206,7 @@ def _keep(kept):
 PLANTED = {
     "an allocation": _keep([]),
     "a small tensor": lambda: torch.empty(1, device="cuda"),
-    "a kernel": lambda at=[]: (at or at.append(torch.zeros(4, device="cuda"))) and None or at[0].add_(1),  # noqa: B006
+    "a kernel": lambda at=[]: ((at or at.append(torch.zeros(4, device="cuda"))) and None) or at[0].add_(1),
     "a copy from pageable memory": lambda: torch.zeros(4).to("cuda"),
     "a read": lambda: torch.cuda.current_stream().synchronize(),
 }

@@ -1,0 +1,403 @@
+"""What training relies on, against something that cannot be wrong in the same way, on the very device: kernels, graphs, compiler, attention.
+
+The tests of the project run where there is no GPU, and a card's numbers, races and drivers are seen only on the card. So every fast path
+has a check here that takes seconds, runs on any device, and fails when the path is broken. None of them compares with nothing: where every
+number is zero, or the weights did not move, that is a failure too.
+
+A check is named by a line: `kernels 21128` (the vocabulary), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`
+or `full` (the real model's shape) behind it. As a program it runs checks in a process of their own (`fastpoem.engine.trust`), because a
+kernel that writes where it should not leaves a CUDA context in which nothing works any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from fastpoem_kernels import check as kernel_check
+from fastpoem_kernels.check import Record
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastpoem.corpus.feed import SLOT, SLOT_LONGEST, Rows, Shape
+from fastpoem.engine.batch import assemble
+from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
+from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.precision import choose_device, choose_dtype
+from fastpoem.engine.step import Pieces, TrainStep
+from fastpoem.model.attention import causal_attention
+from fastpoem.model.flash import find_varlen, why_not_flash
+from fastpoem.model.gpt2 import GPT2, GPT2Config
+
+REAL = GPT2Config(21128, 1024, 768, 6, 12)  # 59.5 M parameters
+# Heads as wide as the real model's, and weights large enough for one batch's loss to be told from another's.
+SMALL = GPT2Config(1000, 160, 128, 2, 2, initializer_range=0.1)
+STEPS, POEMS, RATE = 12, 16, 1e-3
+
+
+class Trace(NamedTuple):
+    """What a few steps of training did, on the CPU."""
+
+    losses: Tensor  # (steps,) float64
+    gradient: dict[str, Tensor]  # of the first step, where it was asked for
+    moved: Tensor  # (P,) float32, the weights' change
+
+
+def wanted(dtype: torch.dtype, *, vocabulary: int, packed: bool, compiles: bool, graphs: bool) -> list[str]:
+    """The checks of what a run in `dtype` uses."""
+    kind, forms_of = str(dtype)[6:], " packed" if packed else ""
+    names = [f"kernels {vocabulary}", f"attention {kind}"]
+    names += [f"attention {kind} packed"] if packed else []
+    names += [f"compiled {kind}{forms_of}"] if compiles else []
+    names += [f"replay {kind}{forms_of}"] if graphs else []
+    return names + ([f"replay {kind}{forms_of} compiled"] if graphs and compiles else [])
+
+
+def run(name: str, device: torch.device) -> list[Record]:
+    """The records of one check. What raises is a record that is not ok, with the reason."""
+    piece, first, *more = name.split()
+    if piece == "kernels":
+        rows = 1030 if device.type == "cuda" else 128  # a step has about a thousand; the CPU is only shown to be right
+        return kernel_check.check(device, rows, int(first), parameters=4_000_000)
+    dtype = getattr(torch, first)
+    shape = REAL if "full" in more else SMALL
+    checks: dict[str, Callable[[], list[Record]]] = {
+        "attention": lambda: attention(device, dtype, "packed" in more),
+        "compiled": lambda: [compiled(device, dtype, "packed" in more, shape)],
+        "replay": lambda: [replay(device, dtype, "packed" in more, shape, compiles="compiled" in more)],
+    }
+    try:
+        with _apart(device):
+            records = checks[piece]()
+    except Exception as error:  # the compiler, the driver or our own mistake: whichever it was, the plain path is taken
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        return [Record(name, False, note=f"{type(error).__name__}: {reason}")]
+    for record in records:
+        record.name = f"{name} {record.name}".strip()
+    return records
+
+
+@contextlib.contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Leave random state and compiled forms as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch._dynamo.reset()
+        yield
+        torch._dynamo.reset()
+
+
+# Training: graphs and compiler
+
+
+def batches(packed: bool, shape: GPT2Config = SMALL, count: int = STEPS) -> list[Rows]:
+    """Poems of every length in batches of three sizes, random ids."""
+    draw, made = torch.Generator().manual_seed(5), []
+    for number in range(count):
+        longest = (67, 33, 51)[number % 3]  # 66, 32 and 50 inputs: divisible by 8, and not
+        lengths = torch.randint(2, longest + 1, (POEMS,), generator=draw)
+        lengths[number % POEMS] = longest
+        ids = torch.randint(1, shape.vocab_size, (POEMS * longest,), generator=draw).short()
+        where = torch.stack([torch.arange(POEMS) * longest, lengths], 1)
+        tokens = int(lengths.sum()) - POEMS
+        size = Shape(POEMS, longest)
+        if packed:  # as the feed rounds them
+            size = Shape(POEMS, (SLOT_LONGEST if longest <= 65 else 2 * SLOT_LONGEST) + 1, -(-tokens // SLOT) * SLOT)
+        made.append(Rows(ids, where, size, tokens))
+    return made
+
+
+def make_step(
+    device: torch.device, dtype: torch.dtype, shape: GPT2Config, packed: bool, dropout: float, max_norm: float = 1.0
+) -> TrainStep:
+    """A step of a model drawn from seed 0."""
+    shape = dataclasses.replace(shape, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    model = GPT2(shape, find_varlen(device, dtype)[0] if packed else None)
+    model.initialise(0)
+    optimizer = FlatAdamW(model.to(device).train(), device, dtype, weight_decay=0.01, max_norm=max_norm)
+    source = torch.zeros(POEMS * 67, dtype=torch.int16, device=device)
+    return TrainStep(Pieces(model), optimizer, source, poems=POEMS, pad_id=0)
+
+
+def compile_step(step: TrainStep, rows: Sequence[Rows], backend: str | None = None) -> None:
+    """Compile the step and warm it up. A CPU, where training does not compile, gets the front half of the compiler."""
+    step.pieces = compiled_pieces(
+        step.optimizer.module, backend or ("inductor" if step.device.type == "cuda" else "aot_eager")
+    )
+    for shape in one_of_each_form([one.shape for one in rows]):
+        with step.rehearsal(shape):
+            step.work(shape)
+
+
+def train(step: TrainStep, rows: Sequence[Rows], begin: Tensor | None = None, gradient: bool = False) -> Trace:
+    """Train on `rows`, from the weights `begin` (P,) if given. Nothing is read from the device before the end, as in training; but the
+    first gradient where it is wanted."""
+    optimizer, seen = step.optimizer, {}
+    if begin is not None:
+        optimizer.master.copy_(begin)
+        for tensor in (optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.applied):
+            tensor.zero_()
+        optimizer.reload()
+    start = optimizer.master.clone()
+    torch.manual_seed(1)
+    for number, one in enumerate(rows):
+        step(one, RATE * (1 + number % 2))
+        if gradient and number == 0:
+            seen = {name: part.detach().double().cpu() for name, part in optimizer.named(optimizer.grad)}
+    return Trace(step.account.losses[-len(rows) :].double().cpu(), seen, (optimizer.master - start).cpu())
+
+
+def replay(
+    device: torch.device, dtype: torch.dtype, packed: bool = False, shape: GPT2Config = SMALL, *, compiles: bool = False
+) -> Record:
+    """Graph replay against the same step launched kernel by kernel, same random state, dropout off and on: losses and weights.
+
+    Some of PyTorch's backward kernels add in whatever order threads come, so that a step does not repeat itself bit for bit. It is run
+    twice, and a replay may differ four times as far as that; 1e-6 (bf16: 1e-3) where it does repeat itself.
+    """
+    rows, floor = batches(packed, shape), 1e-6 if dtype == torch.float32 else 1e-3
+    found, plains, said = list[Record](), list[Trace](), list[str]()
+    for dropout in (0.0, 0.1):
+        step = make_step(device, dtype, shape, packed, dropout)
+        if compiles:
+            compile_step(step, rows)
+        begun = step.optimizer.master.clone()
+        plain, again = train(step, rows, begun), train(step, rows, begun)
+        if note := _lifeless(plain):
+            return Record("", False, note=note)
+        step.launch = graphs = Graphs(step, said.append)
+        graphs.record({one.shape for one in rows})
+        if graphs.broken:
+            return Record("", False, note=said[-1])
+        error, spread = difference(train(step, rows, begun), plain), difference(again, plain)
+        allowed = max(floor, 4 * spread)
+        note = f"dropout {dropout:g}, the plain step repeats itself to {spread:.1g}"
+        found.append(Record("", error <= allowed, error=error, tolerance=allowed, note=note))
+        plains.append(plain)
+    if difference(*plains) == 0:
+        return Record("", False, note="dropout drops nothing")
+    return max(found, key=_ratio)
+
+
+def compiled(
+    device: torch.device,
+    dtype: torch.dtype,
+    packed: bool = False,
+    shape: GPT2Config = SMALL,
+    backend: str | None = None,
+) -> Record:
+    """The compiled step against the eager one, dropout off: losses, every parameter's first gradient, the weights after a few steps.
+
+    In bf16 both round, in different places: the compiled step may be twice as far from the fp32 step as the eager one is.
+    """
+    rows = batches(packed, shape)
+
+    def eager(dtype: torch.dtype) -> Trace:
+        return train(make_step(device, dtype, shape, packed, 0.0, math.inf), rows, gradient=True)
+
+    truth = eager(torch.float32)
+    if note := _lifeless(truth):
+        return Record("", False, note=note)
+    step = make_step(device, dtype, shape, packed, 0.0, math.inf)
+    compile_step(step, rows, backend)
+    seen = forms()
+    mine = train(step, rows, gradient=True)
+    if forms() != seen:
+        return Record("", False, note="it was compiled again for a length that it should serve")
+    rounded = truth if dtype == torch.float32 else eager(dtype)
+    found = [Record("", True, error=0.0, tolerance=1.0)]
+    for what, measure, least in (
+        ("losses", lambda trace: _farthest(trace.losses, truth.losses), 1e-5 if dtype == torch.float32 else 2e-3),
+        ("gradients", lambda trace: _worst_gradient(trace, truth), 1e-4),
+        ("weights", lambda trace: _apart_by(trace.moved, truth.moved), 1e-2),
+    ):
+        allowed = max(least, 2 * measure(rounded))
+        found.append(
+            Record("", measure(mine) <= allowed, error=measure(mine), tolerance=allowed, note=f"farthest in {what}")
+        )
+    return max(found, key=_ratio)
+
+
+def difference(one: Trace, other: Trace) -> float:
+    """The larger of the relative differences of losses and of the weights' change; infinite where a NaN hides it."""
+    return max(_farthest(one.losses, other.losses), _apart_by(one.moved, other.moved))
+
+
+def _lifeless(trace: Trace) -> str:
+    """What shows that nothing was computed."""
+    if not bool(torch.isfinite(trace.losses).all()) or not bool(torch.isfinite(trace.moved).all()):
+        return "the plain step's numbers are not finite"
+    return "" if trace.losses.min() > 0 and trace.moved.norm() > 0 else "the plain step computes nothing"
+
+
+def _ratio(record: Record) -> float:
+    """Error over what is allowed; infinite where either is missing or no number."""
+    ratio = math.inf if record.error is None or not record.tolerance else record.error / record.tolerance
+    return ratio if ratio == ratio else math.inf
+
+
+def _farthest(mine: Tensor, exact: Tensor) -> float:
+    """Largest difference, over the largest magnitude."""
+    error = ((mine.double() - exact.double()).abs().max() / exact.double().abs().max().clamp_min(1e-300)).item()
+    return error if error == error else math.inf
+
+
+def _apart_by(mine: Tensor, exact: Tensor) -> float:
+    """Distance, over the length of `exact`."""
+    error = ((mine.double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)).item()
+    return error if error == error else math.inf
+
+
+def _worst_gradient(mine: Trace, exact: Trace) -> float:
+    return max(_apart_by(mine.gradient[name], gradient) for name, gradient in exact.gradient.items())
+
+
+# Attention
+
+
+def attention(device: torch.device, dtype: torch.dtype, packed: bool = False, heads: int = 12) -> list[Record]:
+    """The model's own attention, by the kernel that training takes, against the formula in float64: outputs and gradients, inside every
+    poem and across none. Then with dropout, see `_dropped`. Poems of 1 to 65 inputs, packed with padding behind them; heads 64 wide.
+
+    In bf16 the kernel may be twice as far from the truth as the formula computed in bf16.
+    """
+    rows = batches(packed, count=1)[0]
+    packing, borders = None, [(at, at + 64) for at in range(0, 16 * 64, 64)]
+    shape = (16, 64)
+    if packed:
+        lengths = (rows.where[:, 1] - 1).clamp(max=64)
+        lengths[1] = 1
+        where = torch.stack([rows.where[:, 0], lengths + 1], 1)
+        total = -(-int(lengths.sum()) // SLOT) * SLOT
+        size = Shape(POEMS, SLOT_LONGEST + 1, total)
+        assert rows.source is not None
+        packing = assemble(rows.source.to(device), where.to(device), size, 0).packing
+        ends = lengths.cumsum(0).tolist()
+        borders, shape = list(zip([0, *ends[:-1]], ends, strict=True)), (1, total)
+    varlen = find_varlen(device, dtype)[0] if packed else None
+    insisted = (
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION) if why_not_flash(device, dtype) is None else contextlib.nullcontext()
+    )
+
+    def attend(qkv: Tensor, dropout: float) -> Tensor:  # (rows, 3 * D) -> (rows, D)
+        with insisted:
+            out = causal_attention(qkv.view(*shape, -1), heads, 0.125, dropout, packing, varlen)
+        return out.flatten(0, 1)
+
+    width = heads * 64
+    draw = torch.Generator().manual_seed(2)
+    qkv = torch.randn(shape[0] * shape[1], 3 * width, generator=draw).to(device, dtype)
+    upstream = torch.zeros(len(qkv), width)
+    upstream[: borders[-1][1]] = torch.randn(borders[-1][1], width, generator=draw)
+    upstream = upstream.to(device, dtype)
+    return [_plain(attend, qkv, upstream, borders, heads), _dropped(attend, qkv, upstream, borders, heads)]
+
+
+Attend = Callable[[Tensor, float], Tensor]
+Borders = list[tuple[int, int]]
+
+
+def _plain(attend: Attend, qkv: Tensor, upstream: Tensor, borders: Borders, heads: int) -> Record:
+    mine = _with_gradient(lambda x: attend(x, 0.0), qkv, upstream)
+    exact = _with_gradient(lambda x: _formula(x, borders, heads), qkv.double(), upstream.double())
+    rounded = _with_gradient(lambda x: _formula(x, borders, heads), qkv, upstream)
+    if not all(bool(torch.isfinite(part).all()) for part in mine):
+        return Record("", False, note="outputs or gradients are not finite")
+    real = slice(0, borders[-1][1])
+    found = [Record("", True, error=0.0, tolerance=1.0)]
+    for what, a, b, c in zip(("output", "gradient"), mine, exact, rounded, strict=True):
+        allowed = max(1e-5, 2 * _farthest(c[real], b[real]))
+        error = _farthest(a[real], b[real])
+        found.append(Record("", error <= allowed, error=error, tolerance=allowed, note=f"farthest in the {what}"))
+    return max(found, key=_ratio)
+
+
+def _dropped(attend: Attend, qkv: Tensor, upstream: Tensor, borders: Borders, heads: int, p: float = 0.25) -> Record:
+    """With values that are the unit vectors, the output *is* the matrix of weights: which were dropped can be seen, how many (within five
+    deviations), that the others were divided by 1 - p, and that the gradients belong to the same choice."""
+    qkv = qkv.clone()
+    values = qkv.view(len(qkv), 3, heads, 64)[:, 2]
+    for start, end in borders:
+        values[start:end] = torch.eye(64, device=qkv.device, dtype=qkv.dtype)[: end - start, None]
+    seen, gradient = _with_gradient(lambda x: attend(x, p), qkv, upstream)  # (rows, D), (rows, 3 * D)
+    other = attend(qkv, p)
+    kept = seen.view(len(qkv), heads, 64) != 0
+    past = torch.zeros(len(qkv), 64, dtype=torch.bool, device=qkv.device)
+    for start, end in borders:
+        past[start:end] = torch.ones(64, 64, device=qkv.device).tril()[: end - start].bool()
+    chances = int(past.sum()) * heads
+    share = 1 - int((kept & past[:, None]).sum()) / chances
+    if abs(share - p) > 5 * math.sqrt(p * (1 - p) / chances) + 2**-16:
+        return Record("dropout", False, note=f"{share:.2%} of the weights were dropped, not {p:.0%}")
+    real = slice(0, borders[-1][1])
+    if bool((kept & ~past[:, None])[real].any()):
+        return Record("dropout", False, note="a token sees the future, or another poem")
+    if torch.equal(other[real], seen[real]):
+        return Record("dropout", False, note="the same weights are dropped every time")
+    formula = lambda x: _formula(x, borders, heads, kept / (1 - p))
+    exact = _with_gradient(formula, qkv.double(), upstream.double())
+    rounded = _with_gradient(formula, qkv, upstream)
+    found = [Record("dropout", True, error=0.0, tolerance=1.0)]
+    for what, a, b, c in zip(("output", "gradient"), (seen, gradient), exact, rounded, strict=True):
+        allowed = max(2e-5, 2 * _farthest(c[real], b[real]))  # probabilities are rounded to 1/65536 and less
+        error = _farthest(a[real], b[real])
+        found.append(
+            Record("dropout", error <= allowed, error=error, tolerance=allowed, note=f"farthest in the {what}")
+        )
+    return max(found, key=_ratio)
+
+
+def _formula(qkv: Tensor, borders: Borders, heads: int, factors: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / 8) v inside each poem, causal. factors (rows, H, 64): what dropout multiplies each weight by."""
+    out = torch.zeros(len(qkv), heads * 64, device=qkv.device, dtype=qkv.dtype)
+    for start, end in borders:
+        q, k, v = qkv[start:end].view(end - start, 3, heads, 64).permute(1, 2, 0, 3)  # (H, T, 64)
+        future = torch.ones(end - start, end - start, device=qkv.device).triu(1).bool()
+        weights = torch.softmax((q @ k.transpose(1, 2) / 8).masked_fill(future, -math.inf), -1)  # (H, T, T)
+        if factors is not None:
+            weights = weights * factors[start:end, :, : end - start].transpose(0, 1).to(weights.dtype)
+        out[start:end] = (weights @ v).transpose(0, 1).flatten(1)
+    return out
+
+
+def _with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.detach().clone().requires_grad_()
+    out = function(x)
+    (gradient,) = torch.autograd.grad(out, x, upstream)
+    return out.detach(), gradient
+
+
+# A process of their own
+
+
+def as_json(record: Record) -> dict[str, Any]:
+    """A record for machines: numbers that are not finite become null, which JSON can say."""
+    plain = dataclasses.asdict(record)
+    return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in plain.items()}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """DEVICE NAME…: a line of JSON for each check begun and each record. Ends after the first check that fails: what it has done to the
+    CUDA context must not be held against the next."""
+    device = choose_device(arguments[0])
+    choose_dtype("auto", device)
+    if device.type == "cuda":
+        torch.zeros((), device=device)
+    for name in arguments[1:]:
+        print(json.dumps({"begins": name}), flush=True)
+        records = run(name, device)
+        print(json.dumps({"check": name, "records": [as_json(record) for record in records]}), flush=True)
+        if not all(record.ok for record in records):
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,259 @@
+"""What of the fast path a run may take on its GPU: only what was checked on that very card, with that driver, PyTorch and source.
+
+The checks (`fastpoem.engine.checks`) take a minute or two, most of it compiling, so what they found is kept on disk, and a card is checked
+once. They run in a process of their own: a kernel that goes wrong can leave a CUDA context in which nothing works, or never end. What fails
+there costs the run that piece and nothing else; a check that could not even begin is not held against the card beyond this run.
+
+FASTPOEM_ASSUME_CHECKED=1 spares all of it (for a pretend GPU, where nothing is computed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fastpoem_kernels
+import torch
+from fastpoem_kernels.check import Record
+
+import fastpoem
+from fastpoem.config import TrainConfig
+from fastpoem.engine import checks
+from fastpoem.engine.compile import why_not_compile
+from fastpoem.engine.kernels import OURS, Kernels, choose_kernels
+from fastpoem.errors import InputError
+
+Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
+PATIENCE = 600.0  # seconds that a process of checks may take
+
+
+class Trusted(NamedTuple):
+    """What a run takes where the user has not said otherwise. False: it failed its check on this card."""
+
+    kernels: Kernels = OURS
+    sdpa: bool = True  # scaled_dot_product_attention's fused kernels
+    varlen: bool = True
+    compile: bool = True
+    graphs: bool = True
+
+
+def decide(
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocabulary: int,
+    say: Callable[[str], None],
+    failed: Mapping[str, Failures] | None = None,
+) -> Trusted:
+    """failed: what is known of each check (None: it is looked up, and what was never checked is checked now). Raises InputError for a
+    piece that `config` insists on and that failed."""
+    if device.type == "cpu":
+        return Trusted()
+    kind, packed = str(dtype)[6:], config.batching == "pack"
+    compiles = config.compile != "off" and why_not_compile(device) is None
+    names = checks.wanted(dtype, vocabulary=vocabulary, packed=packed, compiles=compiles, graphs=config.graphs != "off")
+    failed = look_up(device, names, say) if failed is None else failed
+    suffix = f"{kind} packed" if packed else kind
+
+    def trusted(flag: str, name: str, insists: bool, otherwise: str) -> bool:
+        if not failed.get(name):
+            return True
+        reason = "; ".join(failed[name].values())
+        if insists:
+            raise InputError(flag, f"it failed its check on this GPU ({name}: {reason})", f"use {flag.split()[0]} auto")
+        say(f"{name} failed its check on this GPU ({reason}): {otherwise}")
+        return False
+
+    insists = config.attention == "flash"
+    sdpa = trusted("--attention flash", f"attention {kind}", insists, "attention is computed by plain operators")
+    varlen = not packed or trusted(
+        "--attention flash", f"attention {suffix}", insists, "packed poems are attended to in a padded batch"
+    )
+    compile_it = not compiles or trusted(
+        "--compile on", f"compiled {suffix}", config.compile == "on", "the model is not compiled"
+    )
+    replay = f"replay {suffix}" + (" compiled" if compiles and compile_it else "")
+    graphs = config.graphs == "off" or trusted(
+        "--graphs on", replay, config.graphs == "on", "the step's kernels are launched one by one"
+    )
+    kernels = choose_kernels(failed.get(f"kernels {vocabulary}", {}), say)
+    return Trusted(kernels, sdpa, varlen, compile_it, graphs)
+
+
+def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Failures]:
+    """What each check found on this card, now or at any time before."""
+    if os.environ.get("FASTPOEM_ASSUME_CHECKED") == "1":
+        return {}
+    known = {name: found for name, found in remembered(card(device)).items() if name in names}
+    missing = [name for name in names if name not in known]
+    if missing:
+        pieces = ", ".join(dict.fromkeys(name.split()[0] for name in missing))
+        say(f"checking this GPU, once: {pieces} (a minute or two)")
+        found = dict(in_a_process(device, missing))
+        remember(card(device), found)
+        known |= {name: failures(records) for name, records in found.items()}
+    return known
+
+
+def failures(records: Sequence[Record]) -> Failures:
+    """The reasons of those that are not ok."""
+    return {
+        record.name: record.note
+        if record.error is None
+        else f"error {record.error:.2g}, {record.tolerance or 0:.2g} allowed"
+        + (f", {record.note}" if record.note else "")
+        for record in records
+        if not record.ok
+    }
+
+
+def in_a_process(
+    device: torch.device, names: Sequence[str], patience: float = PATIENCE
+) -> Iterator[tuple[str, list[Record]]]:
+    """Run checks apart from this process, and in another one after each that fails; yields (name, its records)."""
+    left = list(names)
+    while left:
+        done, begun, ending = _one_process(device, left, patience)
+        if begun is None and not done:
+            yield from ((name, [Record(name, False, note=f"{NOT_BEGUN}: {ending}")]) for name in left)
+            return
+        if begun is not None:
+            done[begun] = [Record(begun, False, note=f"its process {ending}")]
+        yield from done.items()
+        left = [name for name in left if name not in done]
+
+
+NOT_BEGUN = "the check could not begin"
+
+
+def _one_process(
+    device: torch.device, names: Sequence[str], patience: float
+) -> tuple[dict[str, list[Record]], str | None, str]:
+    """(records of the checks that ended, the one that was under way when the process ended, how it ended)."""
+    roots = [str(Path(package.__file__ or "").parents[1]) for package in (fastpoem, fastpoem_kernels)]
+    path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done: dict[str, list[Record]] = {}
+    begun: str | None = None
+    with tempfile.TemporaryFile() as errors:
+        try:
+            ended = subprocess.run(
+                [sys.executable, "-m", "fastpoem.engine.checks", str(device), *names],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                timeout=patience,
+                env={**os.environ, "PYTHONPATH": path},
+                check=False,
+            )
+            output, code = ended.stdout, ended.returncode
+            ending = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        except subprocess.TimeoutExpired as late:
+            output, ending = late.stdout or b"", f"had not ended after {patience:.0f} s"
+        except OSError as error:
+            output, ending = b"", f"could not be started: {error}"
+        errors.seek(0)
+        last = errors.read()[-4000:].decode(errors="replace").strip().splitlines()
+    for line in output.decode(errors="replace").splitlines():
+        try:
+            told = json.loads(line)
+        except ValueError:  # libraries print to stdout too
+            continue
+        if isinstance(told, dict) and "begins" in told:
+            begun = told["begins"]
+        elif isinstance(told, dict) and "check" in told:
+            begun, done[told["check"]] = None, [Record(**fields) for fields in told["records"]]
+    return done, begun, ending + (f" ({last[-1][:200]})" if last else "")
+
+
+# What is kept
+
+
+def place() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem" / "checked.json"
+
+
+def card(device: torch.device) -> str:
+    """All that a verdict depends on, in a line."""
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    parts = [torch.cuda.get_device_name(device), f"sm {capability}", f"driver {driver()}", f"torch {torch.__version__}"]
+    parts += [f"{name} {version(name) or 'none'}" for name in ("triton", "flash-attn")]
+    return ", ".join([*parts, f"fastpoem {version('fastpoem') or '?'} {source_hash()}"])
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver() -> str:
+    """The driver's own version where Linux tells it, else the CUDA version that it is made for."""
+    with contextlib.suppress(OSError):
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    return str(torch._C._cuda_getDriverVersion())
+
+
+@functools.cache
+def source_hash() -> str:
+    """Of every source file that runs on the device or checks it."""
+    digest = hashlib.sha256()
+    rooms = [Path(fastpoem.__file__).parent / "engine", Path(fastpoem.__file__).parent / "model"]
+    for room in [*rooms, Path(fastpoem_kernels.__file__).parent]:
+        for file in sorted(room.glob("*.py")):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def remembered(key: str) -> dict[str, Failures]:
+    """What is known of a card; nothing where the file is missing or damaged."""
+    found = _read().get(key)
+    if not isinstance(found, dict):
+        return {}
+    return {
+        name: reasons
+        for name, reasons in found.items()
+        if isinstance(reasons, dict) and all(isinstance(reason, str) for reason in reasons.values())
+    }
+
+
+def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
+    """Keep what checks found, as well as the disk allows. What could not begin says nothing about the card."""
+    new = {
+        name: failures(records)
+        for name, records in found.items()
+        if not any(record.note.startswith(NOT_BEGUN) for record in records)
+    }
+    if not new:
+        return
+    everything = _read()
+    everything[key] = {**remembered(key), **new}
+    path = place()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(everything, file, ensure_ascii=False, indent=1)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+            raise
+
+
+def _read() -> dict[str, Any]:
+    try:
+        found = json.loads(place().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
