@@ -31,7 +31,7 @@ from fastpoem.engine.batch import assemble
 from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.precision import choose_device, choose_dtype
+from fastpoem.engine.precision import choose_device
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model.attention import causal_attention
 from fastpoem.model.flash import find_varlen, why_not_flash
@@ -388,7 +388,6 @@ def main(arguments: Sequence[str]) -> None:
     """DEVICE NAME…: a line of JSON for each check begun and each record. Ends after the first check that fails: what it has done to the
     CUDA context must not be held against the next."""
     device = choose_device(arguments[0])
-    choose_dtype("auto", device)
     if device.type == "cuda":
         torch.zeros((), device=device)
     for name in arguments[1:]:

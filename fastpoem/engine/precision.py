@@ -19,9 +19,12 @@ ROUNDS, SECONDS = 9, 0.5
 def choose_device(wanted: str) -> torch.device:
     """auto: the first GPU, else the CPU. Raises InputError for a device that is not there, listing those that are.
 
-    Turns cuDNN's attention off: PyTorch prefers it on Hopper wherever nothing is dropped (validation, --dropout 0), and it builds a plan
-    for every shape anew, where the flash kernel serves all of them.
+    Sets for the process how CUDA devices compute. What is called fp32 is fp32: no TF32 products, and no 16-bit partial sums in bf16 ones.
+    cuDNN's attention is off: PyTorch prefers it on Hopper wherever nothing is dropped (validation, --dropout 0), and it builds a plan for
+    every shape anew, where the flash kernel serves all of them.
     """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ["cpu", *(f"cuda:{i}" for i in range(count))]
@@ -39,9 +42,6 @@ def choose_device(wanted: str) -> torch.device:
 
 def choose_dtype(wanted: str, device: torch.device, shape: GPT2Config, tokens: int) -> tuple[torch.dtype, str]:
     """(dtype, the reason in a few words) for steps of about `tokens` tokens. Raises InputError for bf16 on a GPU without it."""
-    # What is called fp32 is fp32: no TF32 products, and no 16-bit partial sums in bf16 ones.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if wanted == "fp32":
         return torch.float32, "asked for"
     if device.type == "cpu":
