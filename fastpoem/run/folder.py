@@ -144,7 +144,14 @@ def claim(out: Path, *, fresh: bool) -> Iterator[Claim]:
                 refuse_a_run(out)  # one that began and ended since `choose` looked
             checkpoint.clean(out)
             disk.recover(hub.partial(out / "model"), out / "model")
-        yield held
+        try:
+            yield held
+        except InputError:  # before anything was written: as if the command had not been given
+            with contextlib.suppress(OSError):
+                if [path.name for path in out.iterdir()] == [".lock"]:
+                    (out / ".lock").unlink()
+                    out.rmdir()
+            raise
 
 
 @contextlib.contextmanager
