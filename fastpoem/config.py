@@ -98,7 +98,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 keeps fp32 master weights. auto: bf16 on a GPU that has it; on a CPU measured, the faster."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile the model. auto: on a GPU with Triton, off on a CPU."""
+    """torch.compile the model. auto: on a GPU with Triton; off on a CPU, where it was measured to be slower."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Replay the step as CUDA graphs."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
