@@ -187,11 +187,11 @@ def test_memory_is_counted_and_runs_out(tape):
 
 
 def test_a_graph_that_outlives_its_memory_is_caught(tape, x):
-    kept = torch.ones(32 << 20, dtype=torch.uint8, device="cuda")
+    kept = [torch.ones(32 << 20, dtype=torch.uint8, device="cuda")]
     goal = torch.zeros(8, dtype=torch.uint8, device="cuda")
-    _, _, graph = capture(tape, lambda: goal.copy_(kept[:8]))
+    _, _, graph = capture(tape, lambda: goal.copy_(kept[0][:8]))
     graph.replay()
-    del kept
+    kept.clear()
     torch.cuda.empty_cache()
     with pytest.raises(RuntimeError, match="illegal memory access"):
         graph.replay()
