@@ -283,12 +283,10 @@ def attention(device: torch.device, dtype: torch.dtype, packed: bool = False, he
         ends = lengths.cumsum(0).tolist()
         borders, shape = list(zip([0, *ends[:-1]], ends, strict=True)), (1, total)
     varlen = find_varlen(device, dtype)[0] if packed else None
-    insisted = (
-        sdpa_kernel(SDPBackend.FLASH_ATTENTION) if why_not_flash(device, dtype) is None else contextlib.nullcontext()
-    )
+    flash = why_not_flash(device, dtype) is None
 
     def attend(qkv: Tensor, dropout: float) -> Tensor:  # (rows, 3 * D) -> (rows, D)
-        with insisted:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
             out = causal_attention(qkv.view(*shape, -1), heads, 0.125, dropout, packing, varlen)
         return out.flatten(0, 1)
 
