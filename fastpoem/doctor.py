@@ -86,9 +86,11 @@ def show(report: dict[str, Any]) -> None:
         figures = [cell(record[key], "{:.1e}") for key in ("error", "tolerance")]
         figures += [cell(record[key], "{:.3g}") for key in ("ms", "torch_ms")]
         checked.add_row(record["name"], *figures, "right" if record["ok"] else f"WRONG {record['note']}")
-    for one in report["skipped"]:
-        checked.add_row(one["name"], "", "", "", "", f"skipped: {one['reason']}")
-    console.print(checked, "")
+    console.print(checked)
+    for reason in dict.fromkeys(one["reason"] for one in report["skipped"]):
+        names = ", ".join(one["name"] for one in report["skipped"] if one["reason"] == reason)
+        console.print(f"skipped ({reason}): {names}")
+    console.print()
 
     speed = table(
         "Ten steps of the real model, and an epoch of 217,561 poems",

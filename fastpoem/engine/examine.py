@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,8 +45,8 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     else:
         say(f"checking {', '.join(dict.fromkeys(name.split()[0] for name in names))}")
         # on a CPU nothing that fails can spoil the process
-        ran = trust.in_a_process(device, names) if gpu else ((name, checks.run(name, device)) for name in names)
-        for name, records in ran:
+        here = ((name, checks.run(name, device)) for name in names)
+        for name, records in trust.in_a_process(device, names) if gpu else here:
             found[name] = records
             for record in records:
                 say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
@@ -81,9 +81,8 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
             trials.append(trial.Trial(form, note="failed its check"))
             continue
         options: dict[str, Any] = dict(compiles=compiles, graphs=graphs, kernels=trusted.kernels, lengths=lengths)
-        trials.append(
-            _tried(lambda options=options: trial.train(device, dtype, rounds=5 if gpu else 1, **options), form)
-        )
+        rounds = 5 if gpu else 1
+        trials.append(_tried(partial(trial.train, device, dtype, rounds=rounds, **options), form))
         say(f"  {form}: {_milliseconds(trials[-1].step_ms)}")
     notebook = None
     if not quick:

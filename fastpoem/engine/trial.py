@@ -59,9 +59,9 @@ def train(
     form = " + ".join([*["compiled"] * compiles, *["graphs"] * graphs]) or "plain"
     _peak_memory(device, reset=True)
     begin = time.perf_counter()
-    model = GPT2(shape).to(device)
+    model = GPT2(shape)
     model.initialise(0)
-    optimizer = FlatAdamW(model.train(), device, dtype, weight_decay=0.01, max_norm=1.0, kernels=kernels)
+    optimizer = FlatAdamW(model.to(device).train(), device, dtype, weight_decay=0.01, max_norm=1.0, kernels=kernels)
     batches = [_batch(length, shape.vocab_size) for length in lengths]
     shapes = [rows.shape for rows in batches]
     source = torch.zeros(BATCH * max(lengths), dtype=torch.int16, device=device)
