@@ -26,7 +26,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     gpu = device.type == "cuda"
     if not gpu:
         keep_freed_memory()
-    dtype, why = choose_dtype("auto", device)
+    dtype, why = choose_dtype("auto", device, checks.REAL, 1030)
     compiler = why_not_compile(device)
     say("measuring memory and matrix units")
     about, free = machine.describe(device), machine.memory(device)
