@@ -10,6 +10,7 @@ FASTPOEM_ASSUME_CHECKED=1 spares all of it (for a pretend GPU, where nothing is 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -201,7 +202,10 @@ def driver() -> str:
     """The driver's own version where Linux tells it, else the CUDA version that it is made for."""
     with contextlib.suppress(OSError):
         return Path("/sys/module/nvidia/version").read_text().strip()
-    return str(torch._C._cuda_getDriverVersion())
+    number = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return f"CUDA {number.value // 1000}.{number.value % 1000 // 10}"
 
 
 @functools.cache

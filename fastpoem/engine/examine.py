@@ -1,0 +1,181 @@
+"""The doctor's examination: the checks, what training would take of what they leave, and a moment of training with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from fastpoem_kernels.check import Record
+
+from fastpoem.config import TrainConfig
+from fastpoem.engine import checks, machine, trial, trust
+from fastpoem.engine.compile import why_not_compile
+from fastpoem.engine.memory import keep_freed_memory
+from fastpoem.engine.precision import choose_dtype
+from fastpoem.model.flash import why_not_flash
+
+PIECES = ("kernels", "attention", "compiled", "replay")
+
+
+def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The report, as `--json` has it."""
+    gpu = device.type == "cuda"
+    if not gpu:
+        keep_freed_memory()
+    dtype, why = choose_dtype("auto", device, checks.REAL, 1030)
+    compiler = why_not_compile(device)
+    say("measuring memory and matrix units")
+    about, free = machine.describe(device), machine.memory(device)
+    peak = machine.peak(about["name"]) if gpu else None
+    rates = {
+        **machine.rates(device),
+        "peak_memory_gb_s": peak and 1e3 * peak.memory,
+        "peak_bf16_tflop_s": peak and peak.bf16,
+        "peak_fp32_tflop_s": peak and peak.fp32,
+    }
+
+    names, skipped = _checks(device, dtype, compiler, quick)
+    found: dict[str, list[Record]] = {}
+    if gpu and os.environ.get("FASTPOEM_ASSUME_CHECKED") == "1":
+        skipped += [{"name": name, "reason": "FASTPOEM_ASSUME_CHECKED=1"} for name in names]
+    else:
+        say(f"checking {', '.join(dict.fromkeys(name.split()[0] for name in names))}")
+        # on a CPU nothing that fails can spoil the process
+        here = ((name, checks.run(name, device)) for name in names)
+        for name, records in trust.in_a_process(device, names) if gpu else here:
+            found[name] = records
+            for record in records:
+                say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
+        if gpu:
+            trust.remember(trust.card(device), found)
+    records = [record for some in found.values() for record in some]
+
+    lines: list[str] = []
+    failed = {name: trust.failures(some) for name, some in found.items()}
+    trusted = trust.decide(TrainConfig(device=str(device)), device, dtype, checks.REAL.vocab_size, lines.append, failed)
+    flash = why_not_flash(device, dtype)
+    uses = {
+        "precision": str(dtype)[6:],
+        "precision_why": why,
+        "loss": _whose(trusted.kernels.cross_entropy),
+        "optimizer": _whose(trusted.kernels.clipped_adamw_),
+        "attention": ("flash" if flash is None else "scaled_dot_product_attention") if trusted.sdpa else "plain",
+        "compile": gpu and compiler is None and trusted.compile,
+        "graphs": gpu and trusted.graphs,
+        "why": lines,
+    }
+
+    say("training the real model for a moment")
+    lengths = trial.THIRDS if quick else trial.LENGTHS
+    trials = []
+    for compiles, graphs in ((False, False), (False, True), (True, False), (True, True)) if gpu else ((False, False),):
+        form = " + ".join([*["compiled"] * compiles, *["graphs"] * graphs]) or "plain"
+        if compiles and compiler is not None:
+            trials.append(trial.Trial(form, note=compiler))
+            continue
+        if (compiles and not trusted.compile) or (graphs and not trusted.graphs):
+            trials.append(trial.Trial(form, note="failed its check"))
+            continue
+        options: dict[str, Any] = dict(compiles=compiles, graphs=graphs, kernels=trusted.kernels, lengths=lengths)
+        rounds = 5 if gpu else 1
+        trials.append(_tried(partial(trial.train, device, dtype, rounds=rounds, **options), form))
+        say(f"  {form}: {_milliseconds(trials[-1].step_ms)}")
+    notebook = None
+    if not quick:
+        longest, rounds = (trial.LONGEST, 3) if gpu else (trial.HALVES, 1)
+        notebook = _tried(partial(trial.notebook, device, longest=longest, rounds=rounds), "the notebook's loop")
+        say(f"  {notebook.form}: {_milliseconds(notebook.step_ms)}")
+
+    mine = _mine(trials, uses)
+    broken = [record.name for record in records if not record.ok]
+    ok = not broken and mine.step_ms is not None and not mine.note
+    return {
+        "schema": 1,
+        "ok": ok,
+        "machine": about,
+        "versions": machine.versions(device),
+        "compiler": compiler,
+        "checks": [checks.as_json(record) for record in records],
+        "skipped": skipped,
+        "memory": {**free, "step": mine.peak_bytes},
+        "rates": rates,
+        "trials": [dataclasses.asdict(one) for one in trials],
+        "notebook": notebook and dataclasses.asdict(notebook),
+        "times_the_notebook": notebook.step_ms / mine.step_ms
+        if notebook and notebook.step_ms and mine.step_ms
+        else None,
+        "uses": uses,
+        "sentence": _sentence(device, uses, compiler, len(records), broken, mine),
+    }
+
+
+def _checks(
+    device: torch.device, dtype: torch.dtype, compiler: str | None, quick: bool
+) -> tuple[list[str], list[dict[str, str]]]:
+    """(the checks for this device, those left out and why)."""
+    gpu, kind = device.type == "cuda", str(dtype)[6:]
+    names: list[str] = []
+    for one, packed in ((dtype, False), (dtype, True), (torch.float32, False)):
+        names += checks.wanted(
+            one, vocabulary=checks.REAL.vocab_size, packed=packed, compiles=gpu and compiler is None, graphs=True
+        )
+    names = sorted(dict.fromkeys(names), key=lambda name: PIECES.index(name.split()[0]))
+    full = [f"compiled {kind} full", f"replay {kind} full compiled"]
+    if not gpu:
+        return names, [{"name": "compiled", "reason": "training on a CPU does not compile"}]
+    if compiler is not None:
+        return names, [{"name": "compiled", "reason": compiler}]
+    if quick:
+        return names, [{"name": name, "reason": "--quick"} for name in full]
+    return names + full, []
+
+
+def _tried(run: Callable[[], Any], form: str) -> Any:
+    try:
+        return run()
+    except (RuntimeError, ValueError) as error:  # out of memory, a compiler that gives up: said, and the rest goes on
+        return trial.Trial(form, note=f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}")
+
+
+def _mine(trials: Sequence[Any], uses: dict[str, Any]) -> Any:
+    """The trial of what training will use."""
+    form = " + ".join(piece for piece, used in (("compiled", uses["compile"]), ("graphs", uses["graphs"])) if used)
+    return next(one for one in trials if one.form == (form or "plain"))
+
+
+def _whose(function: Any) -> str:
+    return "plain" if function.__module__.endswith("plain") else "fastpoem"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "no figure" if value is None else f"{value:,.1f} ms a step"
+
+
+def _sentence(
+    device: torch.device, uses: dict[str, Any], compiler: str | None, count: int, broken: list[str], mine: Any
+) -> str:
+    """What training will use and why, in one line."""
+    parts = [f"{uses['precision']} ({uses['precision_why']})"]
+    if device.type == "cuda":
+        own = [name for name in ("loss", "optimizer") if uses[name] == "plain"]
+        parts.append("fastpoem's kernels" + (f" but PyTorch's own {' and '.join(own)}" if own else ""))
+        parts.append(f"{uses['attention']} attention")
+        parts.append("torch.compile" if uses["compile"] else f"no torch.compile ({compiler or 'it failed its check'})")
+        parts.append("CUDA graphs" if uses["graphs"] else "no CUDA graphs (they failed their check)")
+    else:
+        parts.append("the CPU's forms of the kernels, nothing compiled")
+    verdict = (
+        f"{', '.join(broken)} failed" if broken else f"all {count} checks passed" if count else "nothing was checked"
+    )
+    epoch = f"; an epoch of 217,561 poems would take {duration(mine.epoch_s)}" if mine.epoch_s else ""
+    return f"training on {device} will use {', '.join(parts)}: {verdict}{epoch}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,139 @@
+"""What a device is and what it can do: its name and limits, the versions around it, and its rates as measured, beside the published ones."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastpoem.engine.trust import driver, version
+
+
+class Peak(NamedTuple):
+    """Published, dense: TFLOP/s of bf16 products and of fp32 ones outside the matrix units, TB/s of memory."""
+
+    bf16: float
+    fp32: float
+    memory: float
+
+
+# By a part of the name that the driver gives; the first that fits. From NVIDIA's data sheets.
+PEAKS = {
+    "H200": Peak(989, 67, 4.8),
+    "H100 NVL": Peak(835, 60, 3.9),
+    "H100 PCIe": Peak(756, 51, 2.0),
+    "H100": Peak(989, 67, 3.35),
+    "A100-SXM4-80GB": Peak(312, 19.5, 2.04),
+    "A100 80GB PCIe": Peak(312, 19.5, 1.94),
+    "A100": Peak(312, 19.5, 1.56),
+    "L40S": Peak(362, 91.6, 0.864),
+    "A10": Peak(125, 31.2, 0.6),
+    "RTX 4090": Peak(165, 82.6, 1.01),
+    "RTX 3090": Peak(71, 35.6, 0.936),
+}
+ISA = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_bf16",
+)  # of /proc/cpuinfo, what products profit by
+
+
+def peak(name: str) -> Peak | None:
+    return next((figures for part, figures in PEAKS.items() if part in name), None)
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device and the machine around it."""
+    cpu = _cpuinfo()
+    found: dict[str, Any] = {
+        "device": str(device),
+        "name": cpu.get("model name", platform.processor() or platform.machine()),
+        "capability": None,
+        "processors": None,  # streaming multiprocessors
+        "cpu": cpu.get("model name", platform.machine()),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_instructions": [one for one in ISA if one in cpu.get("flags", "").split()],
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        if torch.cuda.is_available()
+        else [],
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "name": properties.name,
+            "capability": [properties.major, properties.minor],
+            "processors": properties.multi_processor_count,
+        }
+    return found
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    """None: not there."""
+    names = ("fastpoem", "triton", "transformers", "flash-attn", "numpy", "tokenizers")
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {name.replace("-", "_"): version(name) for name in names}
+    found |= {"cuda": torch.version.cuda, "driver": driver() if device.type == "cuda" else None}
+    return found
+
+
+def memory(device: torch.device) -> dict[str, int]:
+    """Bytes free and in all."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return {"free": free, "total": total}
+    page = os.sysconf("SC_PAGE_SIZE")
+    return {"free": page * os.sysconf("SC_AVPHYS_PAGES"), "total": page * os.sysconf("SC_PHYS_PAGES")}
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """GB/s of a copy (read and written), TFLOP/s of products: the best square ones, and the logits' of a step of 16 x 65 tokens."""
+    gpu = device.type == "cuda"
+    count = (1 << 28) if gpu else (1 << 25)
+    source = torch.zeros(count, device=device)
+    sink = torch.empty_like(source)
+    found = {"copy_gb_s": 8 * count / seconds(device, partial(sink.copy_, source)) / 1e9}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        side = 8192 if gpu else 1536
+        a = torch.randn(side, side, device=device).to(dtype)
+        found[f"{name}_tflop_s"] = 2 * side**3 / seconds(device, partial(torch.mm, a, a)) / 1e12
+        x = torch.randn(1040, 768, device=device).to(dtype)
+        w = torch.randn(21128, 768, device=device).to(dtype)
+        flops = 2 * 1040 * 768 * 21128
+        found[f"{name}_logits_tflop_s"] = flops / seconds(device, partial(torch.mm, x, w.t())) / 1e12
+    return found
+
+
+def seconds(device: torch.device, run: Callable[[], Any], rounds: int = 5) -> float:
+    """Median of `rounds` after one that warms up."""
+    times = []
+    for _ in range(rounds + 1):
+        wait(device)
+        begin = time.perf_counter()
+        run()
+        wait(device)
+        times.append(time.perf_counter() - begin)
+    return max(statistics.median(times[1:]), 1e-9)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's lines of /proc/cpuinfo; nothing where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

@@ -1,0 +1,542 @@
+"""The checks of a device, run here on the CPU: each passes on what is right and fails on what is not; what is trusted and remembered; the doctor."""
+
+import functools
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+from fastpoem_kernels import plain
+from fastpoem_kernels.check import Record
+
+from fastpoem import doctor
+from fastpoem.config import TrainConfig
+from fastpoem.engine import checks, examine, machine, trial, trust
+from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.step import Pieces
+from fastpoem.errors import InputError
+from fastpoem.model.attention import causal_attention
+from fastpoem.model.gpt2 import GPT2Config
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+TINY = GPT2Config(120, 160, 32, 1, 2, initializer_range=0.1)
+
+
+def right(records):
+    return all(record.ok for record in records)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernels 500",
+        *(f"attention {dtype}{packed}" for dtype in ("float32", "bfloat16") for packed in ("", " packed")),
+        "compiled float32",
+        "compiled bfloat16 packed",
+        "replay float32",
+        "replay bfloat16 packed",
+        pytest.param("replay float32 compiled", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_right_passes(name, monkeypatch):
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    state = torch.get_rng_state()
+    records = checks.run(name, CPU)
+    assert right(records), records
+    assert all(record.error <= record.tolerance for record in records)
+    if not name.startswith("kernels"):
+        assert all(record.name.startswith(name) for record in records)
+        assert torch.equal(torch.get_rng_state(), state)
+
+
+# Replay
+
+
+class Stale(Graphs):
+    """Replays with the message of the step before."""
+
+    def __call__(self, shape):
+        now = self.step.message.clone()
+        if hasattr(self, "before"):
+            self.step.message[:-1, 1].copy_(self.before[:-1, 1])
+        self.before = now
+        super().__call__(shape)
+
+
+class OldRate(Graphs):
+    def __call__(self, shape):
+        self.rate = getattr(self, "rate", self.step.message[-1].clone())
+        self.step.message[-1].copy_(self.rate)
+        super().__call__(shape)
+
+
+class SameMask(Graphs):
+    """What comes of a generator that is not registered with the graph."""
+
+    def __call__(self, shape):
+        torch.manual_seed(1)
+        super().__call__(shape)
+
+
+class OneShape(Graphs):
+    """Replays the first graph whatever the batch."""
+
+    def __call__(self, shape):
+        self.first = getattr(self, "first", shape)
+        super().__call__(self.first)
+
+
+class Broken(Graphs):
+    def record(self, shapes):
+        self.broken = True
+        self.say("operation not permitted when stream is capturing")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Stale, OldRate, SameMask, OneShape, Broken])
+def test_a_wrong_replay_is_found(kind, dtype, monkeypatch):
+    monkeypatch.setattr(checks, "Graphs", kind)
+    record = checks.replay(CPU, dtype, shape=TINY)
+    assert not record.ok, record
+    assert kind is not Broken or "capturing" in record.note
+
+
+@pytest.mark.parametrize("name", ["replay float32", "compiled float32"])
+def test_zeros_are_equal_and_prove_nothing(name, monkeypatch):
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr(checks.TrainStep, "work", lambda step, shape: step.account.losses.zero_())
+    (record,) = checks.run(name, CPU)
+    assert not record.ok and "computes nothing" in record.note
+
+
+# The compiler
+
+
+class LosesABias(torch.nn.Module):
+    """One gradient of two dozen goes missing on the way."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, packing=None):
+        out = self.model.transformer.h[0].mlp.c_fc.bias
+        kept = out.data.clone()
+        logits = self.model(ids, packing)
+        out.register_hook(lambda gradient: gradient * 0.5) if not hasattr(self, "once") else None
+        self.once = kept
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fault", ["logits", "bias", "break", "again"])
+def test_a_wrong_compiler_is_found(fault, dtype, monkeypatch):
+    seen = iter(range(100))
+
+    def pieces(model, backend):
+        if fault == "break":
+            raise RuntimeError("Unsupported: Tensor.item\nand more")
+        if fault == "again":
+            monkeypatch.setattr(checks, "forms", lambda: next(seen))
+        made = LosesABias(model) if fault == "bias" else model
+        scale = 1.05 if fault == "logits" else 1.0
+        # the gradient must come by autograd, as the compiler's does
+        for parameter in model.parameters():
+            parameter.kept, parameter.main_grad = parameter.main_grad, None
+
+        def call(ids, packing):
+            logits = made(ids, packing)
+            return logits * scale
+
+        def collect(optimizer=None):
+            for parameter in model.parameters():
+                parameter.kept.copy_(parameter.grad)
+                parameter.grad = None
+
+        monkeypatch.setattr(checks.FlatAdamW, "collect", lambda optimizer: collect())
+        return Pieces(call, autograd=True)
+
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr(checks, "compiled_pieces", pieces)
+    (record,) = checks.run(f"compiled {str(dtype)[6:]}", CPU)
+    assert not record.ok, record
+    assert fault != "break" or record.note == "RuntimeError: Unsupported: Tensor.item"
+    assert fault != "again" or "compiled again" in record.note
+
+
+# Attention
+
+
+class Skewed(torch.autograd.Function):
+    """Right forward, a gradient that is 5% too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 1.05
+
+
+def not_causal(qkv, heads, scale, dropout, packing, varlen):
+    flat = qkv.flip(1) if packing is None else qkv
+    out = causal_attention(flat, heads, scale, dropout, packing, varlen)
+    return out.flip(1) if packing is None else out.roll(1, 1)
+
+
+def wrong_scale(qkv, heads, scale, dropout, packing, varlen):
+    return causal_attention(qkv, heads, 1.1 * scale, dropout, packing, varlen)
+
+
+def no_dropout(qkv, heads, scale, dropout, packing, varlen):
+    return causal_attention(qkv, heads, scale, 0.0, packing, varlen)
+
+
+def half_the_dropout(qkv, heads, scale, dropout, packing, varlen):
+    return causal_attention(qkv, heads, scale, dropout / 2, packing, varlen)
+
+
+def not_rescaled(qkv, heads, scale, dropout, packing, varlen):
+    return causal_attention(qkv, heads, scale, dropout, packing, varlen) * (1 - dropout)
+
+
+def the_same_mask(qkv, heads, scale, dropout, packing, varlen):
+    torch.manual_seed(3)
+    return causal_attention(qkv, heads, scale, dropout, packing, varlen)
+
+
+def skewed_gradient(qkv, heads, scale, dropout, packing, varlen):
+    return Skewed.apply(causal_attention(qkv, heads, scale, dropout, packing, varlen))
+
+
+def forgets_a_row(qkv, heads, scale, dropout, packing, varlen):
+    out = causal_attention(qkv, heads, scale, dropout, packing, varlen).clone()
+    out[:, -1] = torch.nan
+    return out
+
+
+def across_poems(qkv, heads, scale, dropout, packing, varlen):
+    if packing is None:
+        return causal_attention(qkv.roll(1, 0), heads, scale, dropout, None, varlen)
+    return causal_attention(qkv[:, :128], heads, scale, dropout, None).repeat(1, 9, 1)[:, : qkv.shape[1]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        not_causal, wrong_scale, no_dropout, half_the_dropout, not_rescaled, the_same_mask, skewed_gradient,
+        forgets_a_row, across_poems,
+    ],
+)  # fmt: skip
+def test_wrong_attention_is_found(fault, dtype, packed, monkeypatch):
+    monkeypatch.setattr(checks, "causal_attention", fault)
+    assert not right(checks.attention(CPU, dtype, packed, heads=4))
+
+
+# Trust
+
+
+@pytest.fixture
+def a_card(monkeypatch, tmp_path):
+    """A CUDA device as far as `trust` asks for one; `ran` are the checks that were run on it, `outcome` what they find."""
+
+    class Card:
+        ran, outcome, name, said = [], {}, "H100, driver 1", []
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FASTPOEM_ASSUME_CHECKED", raising=False)
+    monkeypatch.setattr(trust, "card", lambda device: Card.name)
+    monkeypatch.setattr(trust, "why_not_compile", lambda device: None)
+
+    def run(device, names):
+        Card.ran += names
+        for name in names:
+            note = Card.outcome.get(name)
+            yield name, [Record(name, note is None, note=note or "")]
+
+    monkeypatch.setattr(trust, "in_a_process", run)
+    return Card
+
+
+def decide(card, **settings):
+    return trust.decide(TrainConfig(**settings), CUDA, torch.bfloat16, 101, card.said.append)
+
+
+USED = ["kernels 101", "attention bfloat16", "compiled bfloat16", "replay bfloat16", "replay bfloat16 compiled"]
+
+
+def test_a_card_is_checked_once(a_card):
+    assert decide(a_card) == trust.Trusted()
+    assert a_card.ran == USED
+    assert len(a_card.said) == 1 and a_card.said[0].startswith(
+        "checking this GPU, once: kernels, attention, compiled, replay"
+    )
+    assert decide(a_card) == trust.Trusted() and a_card.ran == USED and len(a_card.said) == 1
+    decide(a_card, batching="pack")  # what it uses beside
+    assert a_card.ran[len(USED) :] == [
+        "attention bfloat16 packed",
+        "compiled bfloat16 packed",
+        "replay bfloat16 packed",
+        "replay bfloat16 packed compiled",
+    ]
+    a_card.ran.clear()
+    a_card.name = "H100, driver 2"
+    decide(a_card)
+    assert a_card.ran == USED
+    a_card.ran.clear()
+    a_card.name = "H100, driver 1"
+    decide(a_card)
+    assert a_card.ran == []
+
+
+def test_only_what_a_run_uses_is_checked(a_card):
+    decide(a_card, compile="off", graphs="off")
+    assert a_card.ran == USED[:2]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"\xff\xfe\x00", b"[]", b"{", b'{"H100, driver 1": 3}', b'{"H100, driver 1": {"kernels 101": "good"}}', b"[" * 100_000,
+     b'{"H100, driver 1": {"kernels 101": {"x": 1}}}'],
+)  # fmt: skip
+def test_a_damaged_memory_is_no_memory(a_card, damage):
+    trust.place().parent.mkdir(parents=True)
+    trust.place().write_bytes(damage)
+    assert decide(a_card) == trust.Trusted()
+    assert a_card.ran == USED
+    decide(a_card)
+    assert a_card.ran == USED
+
+
+@pytest.mark.parametrize("kind", ["a file above", "a folder in its place"])
+def test_a_memory_that_cannot_be_written_stops_nothing(a_card, kind, tmp_path):
+    if kind == "a file above":
+        (tmp_path / "fastpoem").write_text("")
+    else:
+        (trust.place() / "x").mkdir(parents=True)
+    for _ in range(2):
+        assert decide(a_card) == trust.Trusted()
+    assert a_card.ran == 2 * USED
+    assert [*tmp_path.rglob("checked.json?*")] == []
+
+
+def test_nothing_is_checked_where_that_is_assumed(a_card, monkeypatch):
+    monkeypatch.setenv("FASTPOEM_ASSUME_CHECKED", "1")
+    assert decide(a_card) == trust.Trusted() and a_card.ran == [] and a_card.said == []
+
+
+def test_a_cpu_needs_no_check(a_card):
+    assert trust.decide(TrainConfig(), CPU, torch.float32, 101, a_card.said.append) == trust.Trusted()
+    assert a_card.ran == []
+
+
+@pytest.mark.parametrize(
+    ("failing", "settings", "lost", "words"),
+    [
+        ("attention bfloat16", {}, {"sdpa": False}, "plain operators"),
+        ("attention bfloat16 packed", {"batching": "pack"}, {"varlen": False}, "padded"),
+        ("compiled bfloat16", {}, {"compile": False}, "not compiled"),
+        ("replay bfloat16 compiled", {}, {"graphs": False}, "one by one"),
+        ("replay bfloat16", {"compile": "off"}, {"graphs": False}, "one by one"),
+        ("replay bfloat16", {}, {}, None),  # not what this run replays
+    ],
+)
+def test_what_failed_is_done_without(a_card, failing, settings, lost, words):
+    a_card.outcome[failing] = "error 0.3"
+    for _ in range(2):  # found, and then remembered
+        assert decide(a_card, **settings) == trust.Trusted(**lost)
+        said = [line for line in a_card.said if "failed its check" in line]
+        assert len(said) == (words is not None)
+        assert all(failing in line and "error 0.3" in line and words in line for line in said)
+        a_card.said.clear()
+
+
+def test_a_step_that_does_not_compile_may_still_be_replayed(a_card):
+    a_card.outcome |= {"compiled bfloat16": "no", "replay bfloat16 compiled": "no"}
+    assert decide(a_card) == trust.Trusted(compile=False)
+
+
+def test_kernels_that_failed(a_card):
+    a_card.outcome["kernels 101"] = "error 1"
+    chosen = decide(a_card).kernels
+    assert chosen.cross_entropy is plain.cross_entropy and chosen.clipped_adamw_ is plain.clipped_adamw_
+
+
+@pytest.mark.parametrize(
+    ("failing", "settings"),
+    [
+        ("attention bfloat16", {"attention": "flash"}),
+        ("attention bfloat16 packed", {"attention": "flash", "batching": "pack"}),
+        ("compiled bfloat16", {"compile": "on"}),
+        ("replay bfloat16 compiled", {"graphs": "on"}),
+    ],
+)
+def test_what_the_user_insists_on_is_not_done_without(a_card, failing, settings):
+    a_card.outcome[failing] = "error 0.3"
+    with pytest.raises(InputError, match="failed its check") as error:
+        decide(a_card, **settings)
+    name = next(iter(settings))
+    assert error.value.thing == f"--{name} {settings[name]}" and "error 0.3" in error.value.reason
+
+
+def test_what_could_not_begin_is_not_held_against_the_card(a_card):
+    a_card.outcome["compiled bfloat16"] = f"{trust.NOT_BEGUN}: all devices are busy"
+    assert not decide(a_card).compile
+    a_card.outcome.clear()
+    assert decide(a_card).compile
+    assert a_card.ran == [*USED, "compiled bfloat16"]
+
+
+def test_a_verdict_depends_on_card_driver_versions_and_source(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(trust, "driver", lambda: "580.1")
+    key = trust.card(CUDA)
+    for part in ("NVIDIA H100", "9.0", "580.1", torch.__version__, trust.source_hash()):
+        assert part in key
+    trust.source_hash.cache_clear()
+    try:
+        read = trust.Path.read_bytes
+        monkeypatch.setattr(trust.Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "loss_triton.py"))
+        assert trust.card(CUDA) != key
+    finally:
+        trust.source_hash.cache_clear()
+
+
+SCRIPT = """#!{python}
+import json, os, signal, sys, time
+print("a library's word")
+for name in sys.argv[4:]:
+    if "unwilling" in name:
+        sys.exit("RuntimeError: all CUDA-capable devices are busy")
+    print(json.dumps(dict(begins=name)), flush=True)
+    if name == "dies":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if name == "hangs":
+        time.sleep(60)
+    print(json.dumps(dict(check=name, records=[dict(name=name, ok=name != "fails", note="")])), flush=True)
+    if name == "fails":
+        break
+"""
+
+
+def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
+    script = tmp_path / "python"
+    script.write_text(SCRIPT.format(python=sys.executable))
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(trust.sys, "executable", str(script))
+    names = ["good", "dies", "better", "fails", "hangs", "last"]
+    found = dict(trust.in_a_process(CPU, names, patience=3))
+    assert list(found) == names
+    assert [name for name in names if not right(found[name])] == ["dies", "fails", "hangs"]
+    assert "signal 11" in found["dies"][0].note and "3 s" in found["hangs"][0].note
+    found = dict(trust.in_a_process(CPU, ["unwilling", "unwilling too"]))
+    assert all(r.note.startswith(trust.NOT_BEGUN) and "busy" in r.note for some in found.values() for r in some)
+    monkeypatch.setattr(trust.sys, "executable", str(tmp_path / "none"))
+    assert not right(dict(trust.in_a_process(CPU, ["good"]))["good"])
+
+
+def test_the_process_of_checks_is_the_real_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    found = dict(trust.in_a_process(CPU, ["nonsense float32", "attention float32 packed"]))
+    assert [len(found[name]) for name in found] == [1, 2] and right(found["attention float32 packed"])
+    assert found["nonsense float32"][0].note == "KeyError: 'nonsense'"
+
+
+# The doctor
+
+
+@pytest.fixture
+def small_doctor(monkeypatch):
+    """The doctor with a small model and small products."""
+    monkeypatch.setattr(trial, "train", functools.partial(trial.train, shape=TINY))
+    monkeypatch.setattr(trial, "notebook", functools.partial(trial.notebook, shape=GPT2Config(120, 512, 32, 1, 2)))
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr(machine, "seconds", lambda device, run: (run(), 1e-3)[1])
+
+
+KEYS = {
+    "schema", "ok", "machine", "versions", "compiler", "checks", "skipped", "memory", "rates", "trials", "notebook",
+    "times_the_notebook", "uses", "sentence",
+}  # fmt: skip
+
+
+def test_the_doctor_speaks_json(small_doctor, capsys):
+    code = doctor.main(["--device", "cpu", "--json"])
+    out = capsys.readouterr().out
+    report = json.loads(out)
+    assert out.count("\n") == 1 and code == 0 and report["ok"] is True
+    assert set(report) == KEYS and report["schema"] == 1
+    assert {"device", "name", "cpu", "cpu_threads", "cpu_instructions", "gpus", "capability"} <= set(report["machine"])
+    assert {"python", "torch", "triton", "cuda", "driver", "flash_attn", "transformers"} <= set(report["versions"])
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"name", "ok", "error", "tolerance", "note"} <= set(report["checks"][0])
+    assert all(record["ok"] for record in report["checks"]) and len(report["checks"]) >= 10
+    assert report["skipped"] == [{"name": "compiled", "reason": "training on a CPU does not compile"}]
+    assert 0 < report["memory"]["free"] <= report["memory"]["total"]
+    assert report["rates"]["fp32_tflop_s"] > 0 and report["rates"]["peak_bf16_tflop_s"] is None
+    (one,) = report["trials"]
+    assert one["form"] == "plain" and one["epoch_s"] == pytest.approx(one["step_ms"] * 13.597, rel=1e-3)
+    assert one["poems_per_s"] == pytest.approx(16e3 / one["step_ms"])
+    assert report["times_the_notebook"] == pytest.approx(report["notebook"]["step_ms"] / one["step_ms"])
+    assert report["uses"]["compile"] is False and report["sentence"].startswith("training on cpu will use")
+
+
+def test_the_doctor_speaks_to_a_person(small_doctor, capsys):
+    assert doctor.main(["--device", "cpu", "--quick"]) == 0
+    out, err = capsys.readouterr()
+    assert "replay float32" in out and "poems/s" in out and "skipped (training on a CPU does not compile)" in out
+    assert "checking kernels, attention, replay" in err
+
+
+@pytest.mark.parametrize("fault", ["check", "trial"])
+def test_what_is_wrong_is_exit_code_1(small_doctor, fault, capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of memory\nand more")
+
+    if fault == "check":
+        monkeypatch.setattr(checks, "causal_attention", no_dropout)
+    else:
+        monkeypatch.setattr(trial, "train", broken)
+    assert doctor.main(["--device", "cpu", "--quick", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] is False
+    if fault == "check":
+        assert "attention float32 dropout" in report["sentence"] and "failed" in report["sentence"]
+    else:
+        assert report["trials"][0]["note"] == "RuntimeError: out of memory"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--device", "cuda:99"], "no such device"), (["--devise", "cpu"], "did you mean --device")],
+)
+def test_the_users_mistakes_are_exit_code_2(arguments, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpoem.doctor", *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ,
+        check=False,
+    )
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_a_gpu_without_a_compiler(monkeypatch):
+    names, skipped = examine._checks(CUDA, torch.bfloat16, "there is no C compiler", quick=False)
+    assert not any("compiled" in name for name in names) and skipped[0]["reason"] == "there is no C compiler"
+    names, skipped = examine._checks(CUDA, torch.bfloat16, None, quick=False)
+    assert "compiled bfloat16 full" in names and "replay bfloat16 packed compiled" in names and not skipped
+    assert len(set(names)) == len(names)
+
+
+def test_known_cards_by_name():
+    assert machine.peak("NVIDIA H100 80GB HBM3").memory == 3.35 and machine.peak("NVIDIA H100 PCIe").bf16 == 756
+    assert machine.peak("NVIDIA A100-SXM4-80GB").bf16 == 312 and machine.peak("NVIDIA Something") is None
