@@ -152,6 +152,7 @@ def test_nothing_to_resume_is_a_fresh_start(base, untouched, tmp_path, capsys):
         (dict(batching="pad"), "batching was bucket, is pad"),
         (dict(recipe="notebook"), "recipe was default, is notebook"),
         (dict(val_poems=1), "val_poems was None, is 1"),
+        (dict(vocab="corpus"), "vocab was all, is corpus"),
         (dict(max_length=20), "max_length was 64, is 20"),
         (dict(buckets=1), "buckets was"),
         (dict(data="{}/other.txt"), "poems was 60 of poems.txt"),

@@ -44,11 +44,12 @@ class Rows(NamedTuple):
 @dataclass
 class Feed:
     """Turns the poems of a step into rows. batching: "bucket" pads to the bucket's edge, "pad" to the longest poem, "pack" not at all,
-    or with `rounded` up to few different sizes."""
+    or with `rounded` up to few different sizes. `table`: what to send instead of each of the store's ids."""
 
     store: TokenStore
     batching: str
     rounded: bool = False
+    table: np.ndarray | None = None
     _starts: np.ndarray | None = field(default=None, repr=False)  # of each bucket in the resident corpus
 
     def corpus(self) -> Tensor:
@@ -59,7 +60,7 @@ class Feed:
         return torch.from_numpy(np.concatenate(buckets))
 
     def _signed(self, ids: np.ndarray) -> np.ndarray:
-        return ids.view(f"<i{self.store.dtype.itemsize}")
+        return (ids if self.table is None else self.table.take(ids)).view(f"<i{self.store.dtype.itemsize}")
 
     def __call__(self, step: Step) -> Rows:
         store, poems = self.store, len(step.bucket)

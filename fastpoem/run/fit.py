@@ -24,6 +24,7 @@ from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
 from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.corpus.vocabulary import kept_ids, numbering
 from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
@@ -35,6 +36,7 @@ from fastpoem.model.attention import Varlen
 from fastpoem.model.find import resolve_folder
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
+from fastpoem.model.vocabulary import Narrowed
 from fastpoem.paths import user_cache
 from fastpoem.run import checkpoint, folder
 from fastpoem.run.loop import Loop, NotSaved, check_state
@@ -125,15 +127,18 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         order = _order(config, store, held)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
-    dtype, why = _choose_precision(config, device, shape, store, out)
+    ids = _ids(config, store, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
+    computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
+    dtype, why = _choose_precision(config, device, computed, store, out)
     varlen, about_attention = _choose_attention(config, device, dtype)
-    trusted = decide(config, device, dtype, shape.vocab_size, voice.say)
+    trusted = decide(config, device, dtype, computed.vocab_size, voice.say)
     if not trusted.sdpa:
         plain_attention()
     if varlen is not None and not trusted.varlen:
         varlen, about_attention = None, None
     goes_on = config.resume and bool(checkpoint.listed(out))
     model = _model(config, shape, varlen, model_folder, goes_on=goes_on)
+    narrowed = None if ids is None else Narrowed(model, ids)
     model.to(device)
     optimizer = FlatAdamW(
         model,
@@ -150,10 +155,12 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with current, folder.claim(out, fresh=not config.resume) as claim:
         identity = folder.identity(config, store, shape, dtype)
-        feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off")
+        table = None if ids is None else numbering(ids, store)
+        feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
+        pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
         shapes = _shapes(order, feed)
-        step = build_step(config, model.train(), optimizer, feed, tokenizer.pad_id, shapes, voice.say, trusted)
-        loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside, claim.hold)
+        step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+        loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside, claim.hold, narrowed)
         torch.manual_seed(config.seed)
         state = _resume(loop, config) if config.resume else None
         if state is None and goes_on:  # the model has no weights yet
@@ -175,7 +182,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
         def export(goal: Path) -> None:
             claim.hold()
-            hub.write_folder(goal, dict(optimizer.named(optimizer.master)), beside)
+            weights = dict(optimizer.named(optimizer.master))
+            hub.write_folder(goal, weights if narrowed is None else narrowed.widen(weights), beside)
 
         try:
             yield loop, export
@@ -282,6 +290,18 @@ def _open_store(
     )
     voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
     return store
+
+
+def _ids(
+    config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice
+) -> np.ndarray:
+    """The ids that --vocab corpus trains, (K,) ascending."""
+    special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id]
+    ids, occurring = kept_ids(store, (one for one in special if one is not None), vocabulary)
+    voice.say(f"{occurring:,} of {vocabulary:,} ids occur: {len(ids):,} are trained, the others keep their weights")
+    if config.sample is not None and not np.isin(tokenizer.encode([config.sample], 65535)[0], ids).all():
+        voice.say("--sample has characters that no poem has: they are not trained")
+    return ids
 
 
 def _order(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:

@@ -26,6 +26,7 @@ from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, NOTED, TrainStep, evaluate, rng_state, set_rng_state
 from fastpoem.errors import Ended
 from fastpoem.model.hub import WEIGHTS
+from fastpoem.model.vocabulary import EMBEDDING, Narrowed
 from fastpoem.run import checkpoint
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
@@ -64,6 +65,7 @@ class Loop:
     identity: dict[str, Any]  # what a resumed run must have in common with this one
     beside: Mapping[str, bytes]  # what lies beside the weights in a model folder
     hold: Callable[[], None]  # raises where the folder is another run's by now
+    narrowed: Narrowed | None = None  # where not every id is trained
     done: int = 0
     seconds: float = 0.0
     _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
@@ -227,7 +229,7 @@ class Loop:
         if len(self.validation_rows):
             steps = validation_steps(self.feed.store, self.validation_rows, self.config.batch_size)
             try:
-                batches = _until_told(stop, map(Feed(self.feed.store, "bucket"), steps))
+                batches = _until_told(stop, map(Feed(self.feed.store, "bucket", table=self.feed.table), steps))
                 found = evaluate(self.model, batches, self.device, self.step.pad_id, self.step.optimizer.kernels)
             except _Told:
                 self.model.train()
@@ -257,6 +259,8 @@ class Loop:
 
         def job() -> None:
             host = tensors if copied is None else _to_host(tensors, copied, self.device)
+            if self.narrowed is not None:
+                host = {**host, WEIGHTS: self.narrowed.widen(host[WEIGHTS])}
             checkpoint.refuse_non_finite(host)
             with suppress(OSError):  # the state names a place in it
                 disk.flush(self.metrics.path)
@@ -294,10 +298,16 @@ class Loop:
         rest |= {"applied": optimizer.applied, "sums": account.sums, "losses": account.losses}
         rest |= {"failed_in_a_row": account.failed_in_a_row, "most_failed": account.most_failed}
         rest |= {f"rng.{self.device.type}": rng_state(self.device)}
-        return {WEIGHTS: dict(optimizer.named(master)), OPTIMIZER: rest}
+        weights = dict(optimizer.named(master))
+        if self.narrowed is not None and flats is None:  # copies are widened by the thread that writes them
+            weights = self.narrowed.widen(weights)
+        return {WEIGHTS: weights, OPTIMIZER: rest}
 
     def adopt(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """What is left to do when a checkpoint has been copied into `tensors()`."""
+        if self.narrowed is not None:
+            optimizer = self.step.optimizer
+            self.narrowed.adopt(tensors[WEIGHTS], optimizer.view(optimizer.master, EMBEDDING))
         self.step.optimizer.reload()
         set_rng_state(tensors[OPTIMIZER][f"rng.{self.device.type}"], self.device)
 

@@ -1,0 +1,145 @@
+"""Validation loss against time: the notebook's loop, the same with a tuned learning rate, and `--recipe fast`.
+
+`python -m benchmarks.time_to_quality --out DIR [--seeds 3]` trains, writes DIR/time_to_quality.json after every run (one that is there
+already is not done again) and says how long each took to reach what the notebook's recipe has after its epoch. `--plot FILE.png` draws
+what DIR holds. With four other cores' worth of work beside it an hour; alone about twenty minutes.
+
+Real poems (3,200 to train on, 400 held out), a model of 2 layers, 128 wide, over the characters that they use, from weights drawn anew
+("scratch") and from a model trained before on 16,000 others, all of five-character lines ("trained": so there is something new to learn,
+as for a model of prose that goes on with poems). The contestants take turns seed by seed. Time is the process' CPU time on one thread,
+which other processes disturb less than the clock; both are in the JSON. Validating and loading the model cost nothing, preparing the
+text counts.
+
+A run with a schedule says nothing halfway, so the fast recipe is run to the end for several lengths: shares of an epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BertTokenizer
+
+import fastpoem
+from benchmarks import notebook
+from fastpoem.config import from_kwargs
+from fastpoem.corpus.feed import Feed, validation_steps
+from fastpoem.corpus.store import TokenStore, prepare_store
+from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.engine.step import evaluate
+from fastpoem.model import hub
+from fastpoem.model.gpt2 import GPT2
+from fastpoem.run.fit import assembled
+from fastpoem.run.metrics import Voice
+
+CPU = torch.device("cpu")
+HELD, TEXT, BEFORE = 400, 3200, 16_000  # poems
+SHARES = (0.1, 0.25, 0.5, 1.0)  # of an epoch, that the fast recipe is run for
+NOTEBOOK_RATES = {"scratch": (2e-5, 5e-4, 1e-3), "trained": (2e-5, 2e-4, 5e-4)}
+
+
+class Stopwatch:
+    """Seconds of CPU and of the clock while running."""
+
+    def __init__(self) -> None:
+        self.cpu = self.wall = 0.0
+
+    def __enter__(self) -> Stopwatch:
+        self._cpu, self._wall = time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu += time.process_time() - self._cpu
+        self.wall += time.perf_counter() - self._wall
+
+
+class Task:
+    """The texts, the model's folder, the one trained before and the held-out store, under `folder`; made once."""
+
+    def __init__(self, poems: Path, folder: Path, layers: int = 2, wide: int = 128) -> None:
+        self.folder, self.text = folder, folder / "text.txt"
+        self.models = {"scratch": folder / "model", "trained": folder / "before" / "model"}
+        if not (folder / "model").exists():
+            self._make(poems, layers, wide)
+        tokenizer = PoemTokenizer.load(folder / "model")
+        self.held = prepare_store(folder / "held.txt", tokenizer, folder / "held")
+        self.pad_id = tokenizer.pad_id
+        if not self.models["trained"].exists():
+            fastpoem.fit(
+                data=str(folder / "before.txt"), model=str(folder / "model"), from_scratch=True, out=str(folder / "before"),
+                device="cpu", lr=2e-3, schedule="cosine", warmup_steps=50, dropout=0.0, val_poems=0,
+            )  # fmt: skip
+
+    def _make(self, poems: Path, layers: int, wide: int) -> None:
+        lines = notebook.Poems(poems).lines
+        random.Random(0).shuffle(lines)
+        held, text, others = lines[:HELD], lines[HELD : HELD + TEXT], lines[HELD + TEXT :]
+        before = [line for line in others if len(line) % 12 == 0 and {line[5], line[11]} == {*"，。"}][:BEFORE]
+        for name, part in (("held", held), ("text", text), ("before", before)):
+            (self.folder / f"{name}.txt").write_text("\n".join(part), encoding="utf-8")
+        model = self.folder / "model"
+        model.mkdir()
+        characters = sorted({character for line in held + text + before for character in line if not character.isspace()})
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
+        (model / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+        shape = {"vocab_size": len(words), "n_positions": 512, "n_embd": wide, "n_layer": layers, "n_head": wide // 32}
+        shape |= {"model_type": "gpt2", "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+        (model / "config.json").write_text(json.dumps(shape))
+
+    def loss(self, weights: dict[str, torch.Tensor]) -> float:
+        """Mean over the real tokens of the held-out poems."""
+        model = GPT2(hub.read_config(self.folder / "model")[0])
+        model.load_state_dict({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"})
+        batches = map(Feed(self.held, "bucket"), validation_steps(self.held, torch.arange(self.held.rows).numpy(), 16))
+        return evaluate(model, batches, CPU, self.pad_id).loss
+
+
+Points = Iterator[dict[str, Any]]
+
+
+def by_notebook(task: Task, start: str, seed: int, lr: float, every: int = 20) -> Points:
+    """The notebook's own loop for one epoch; a point every so many steps."""
+    folder = task.models[start]
+    model = notebook.load_model(folder, from_scratch=start == "scratch", dropout=None, seed=seed)
+    tokenizer = BertTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)
+    watch, end = Stopwatch(), object()
+    rows = notebook.train(model, tokenizer, notebook.Poems(task.text), lr=lr, log_every=1)
+    while True:
+        with watch:
+            row = next(rows, end)
+        if row is end:
+            return
+        if row["step"] == 1 or row["step"] % every == 0:  # type: ignore[index]
+            point = {"step": row["step"], "cpu": watch.cpu, "wall": watch.wall}  # type: ignore[index]
+            yield point | {"val_loss": task.loss(model.state_dict())}
+            model.train()
+
+
+def by_fastpoem(task: Task, start: str, seed: int, share: float = 1.0, every: int = 0, **settings: Any) -> Points:
+    """fastpoem under `settings` for a share of an epoch; a point every so many steps, and at the end."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, watch = task.models[start], Stopwatch()
+        with watch:
+            store: TokenStore = prepare_store(task.text, PoemTokenizer.load(folder), Path(temporary) / "store")
+        batch = from_kwargs(data="x", **settings).batch_size
+        config = from_kwargs(
+            data=str(store.path), model=str(folder), from_scratch=start == "scratch", out=str(Path(temporary) / "run"),
+            device="cpu", val_poems=0, seed=seed, max_steps=max(1, round(share * (store.rows // batch))), **settings,
+        )  # fmt: skip
+        with assembled(config, Voice(quiet=True)) as (loop, _):
+            loop.model.train()
+            while loop.done < loop.last_step:
+                with watch:
+                    loop.one_step()
+                if loop.done == loop.last_step or (every and loop.done % every == 0):
+                    weights = dict(loop.step.optimizer.named(loop.step.optimizer.master))
+                    yield {"step": loop.done, "cpu": watch.cpu, "wall": watch.wall, "val_loss": task.loss(weights)}
+                    loop.model.train()
