@@ -15,12 +15,11 @@ A run with a schedule says nothing halfway, so the fast recipe is run to the end
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,9 @@ class Task:
             (self.folder / f"{name}.txt").write_text("\n".join(part), encoding="utf-8")
         model = self.folder / "model"
         model.mkdir()
-        characters = sorted({character for line in held + text + before for character in line if not character.isspace()})
+        characters = sorted(
+            {character for line in held + text + before for character in line if not character.isspace()}
+        )
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
         (model / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
         shape = {"vocab_size": len(words), "n_positions": 512, "n_embd": wide, "n_layer": layers, "n_head": wide // 32}

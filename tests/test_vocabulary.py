@@ -40,7 +40,10 @@ def base(tmp_path_factory) -> Path:
     weights = GPT2(config)
     weights.initialise(3)
     hub.save_folder(
-        folder / "model", weights.state_dict(), raw, [folder / "shape" / n for n in ("vocab.txt", "tokenizer_config.json")]
+        folder / "model",
+        weights.state_dict(),
+        raw,
+        [folder / "shape" / n for n in ("vocab.txt", "tokenizer_config.json")],
     )
     return folder
 

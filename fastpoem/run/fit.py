@@ -292,9 +292,7 @@ def _open_store(
     return store
 
 
-def _ids(
-    config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice
-) -> np.ndarray:
+def _ids(config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice) -> np.ndarray:
     """The ids that --vocab corpus trains, (K,) ascending."""
     special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id]
     ids, occurring = kept_ids(store, (one for one in special if one is not None), vocabulary)
