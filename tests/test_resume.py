@@ -492,13 +492,15 @@ def test_settings_that_a_ready_store_cannot_follow_are_refused(base, tmp_path, c
 
 def test_what_a_cut_runs_last_row_told_is_told_again_when_it_goes_on(base, untouched, tmp_path, monkeypatch, capsys):
     """The row of a step that only --max-steps had logged goes; the skipped steps and the spike in it do not."""
-    note = loop_module.Watch.note
+    one_step = TrainStep.__call__
 
-    def spiking(self, loss):
+    def spiking(self, rows, lr):
+        one_step(self, rows, lr)
         count.append(0)
-        note(self, torch.tensor(99.0) if len(count) == 36 else loss)
+        if len(count) == 36:
+            self.account.losses[-1] = 99.0
 
-    monkeypatch.setattr(loop_module.Watch, "note", spiking)
+    monkeypatch.setattr(TrainStep, "__call__", spiking)
     logits_of_nan(monkeypatch, {32, 34})
     common = settings(base, log_every=10, schedule="constant")
     count: list[int] = []
@@ -591,7 +593,9 @@ def test_tensorboards_disk_is_full(base, untouched, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize(
-    "watch", [dict(count=64), dict(count=-1), dict(window=[1.0] * 101), dict(window=[math.nan])], ids=repr
+    "watch",
+    [dict(count=loop_module.NOTED), dict(count=-1), dict(window=[1.0] * 101), dict(window=[math.nan])],
+    ids=repr,
 )
 def test_a_watch_that_nobody_wrote_is_damage(base, tmp_path, watch):
     with assembled(from_kwargs(**settings(base, out=str(tmp_path / "run"))), Voice(quiet=True)) as (loop, _):
