@@ -21,6 +21,20 @@ from runs import tiny_data, tiny_model
 from fastpoem.model.hub import BUNDLED
 
 ROOT = Path(__file__).parents[2]
+TRAIN = "fastpoem.train"
+CHANGES_NOTHING = {  # CUDA functions that are answered with a stub because nothing depends on what they do
+    "cublasSetMathMode", "cublasSetWorkspace_v2", "cublasLtMatmulDescSetAttribute", "cublasLtMatmulPreferenceSetAttribute",
+    "cudaFuncSetAttribute", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaStreamDestroy", "cuModuleUnload",
+    "cudaDeviceGetDefaultMemPool", "cudaGraphDebugDotPrint",
+}  # fmt: skip
+
+
+def assert_sound(outcome, code=0):
+    """It ended with `code`, no call was refused that a card would refuse, and nothing was used that is not modelled."""
+    assert outcome.code == code, outcome.said
+    assert not outcome.log.refused, [str(entry) for entry in outcome.log.refused]
+    assert outcome.log.unmodelled <= CHANGES_NOTHING
+    assert "Traceback" not in outcome.said
 
 
 @pytest.fixture(scope="session")

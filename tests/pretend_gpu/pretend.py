@@ -1,12 +1,14 @@
 """Build the pretend GPU, run a command under it, and read its launch log. README.md beside this file says what it can and cannot see.
 
     python tests/pretend_gpu/pretend.py run CMD ARGS…
+    python tests/pretend_gpu/pretend.py test [PYTEST OPTIONS…]
 
 The library is preloaded into an unmodified CUDA build of PyTorch. Needs nothing but that build, gcc and nm; imports the standard library only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -327,19 +329,55 @@ def cubins(cache: Path) -> list[Cubin]:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments[:1] != ["run"] or len(arguments) < 2:
-        print(__doc__, file=sys.stderr)
-        return 2
     if (lack := missing()) is not None:
         print(lack, file=sys.stderr)
         return 1
+    match arguments:
+        case ["run", *command] if command:
+            with _cache() as cache:
+                return subprocess.run(command, env=_variables(cache)).returncode
+        case ["test", *options]:
+            with _cache() as cache:
+                return _test(_variables(cache), options)
+    print(__doc__, file=sys.stderr)
+    return 2
+
+
+@contextlib.contextmanager
+def _cache() -> Iterator[Path]:
+    """A folder for what is compiled: the one PRETEND_GPU_CACHE names, or one that does not outlive the command."""
     with tempfile.TemporaryDirectory(prefix="pretend-gpu-") as folder:
-        defaults = environment(
-            Path(os.environ.get("PRETEND_GPU_CACHE") or folder), sm=int(os.environ.get("FAKECUDA_SM", 90))
-        )
-        return subprocess.run(
-            arguments[1:], env={**defaults, **os.environ, "LD_PRELOAD": defaults["LD_PRELOAD"]}
-        ).returncode
+        yield Path(os.environ.get("PRETEND_GPU_CACHE") or folder)
+
+
+def _variables(cache: Path) -> dict[str, str]:
+    """This process' variables, over those of a pretend card: FAKECUDA_SM=80 and the like are the user's choice."""
+    card = environment(cache, sm=int(os.environ.get("FAKECUDA_SM", 90)))
+    return {**card, **os.environ, "LD_PRELOAD": card["LD_PRELOAD"], "HF_HUB_OFFLINE": "1"}
+
+
+def _test(variables: dict[str, str], options: list[str]) -> int:
+    """The tests of this folder under coverage, and then the share of the lines for CUDA alone that have run."""
+    here = Path(__file__).parent
+    with tempfile.TemporaryDirectory(prefix="pretend-gpu-coverage-") as folder:
+        data = str(Path(folder) / "data")
+        variables |= {"COVERAGE_FILE": data}
+        covered = [
+            sys.executable,
+            "-m",
+            "coverage",
+            "run",
+            f"--rcfile={here / 'coverage.ini'}",
+            "-m",
+            "pytest",
+            "--quiet",
+        ]
+        code = subprocess.run([*covered, *(options or [str(here)])], cwd=here.parents[1], env=variables).returncode
+        if code:
+            return code
+        combine = [sys.executable, "-m", "coverage", "combine", "--quiet", f"--rcfile={here / 'coverage.ini'}", folder]
+        subprocess.run(combine, cwd=here.parents[1], env=variables, check=True)
+        return subprocess.run([sys.executable, str(here / "cuda_only.py"), data]).returncode
 
 
 if __name__ == "__main__":

@@ -6,23 +6,8 @@ import signal
 
 import pytest
 import torch
-from conftest import rows
+from conftest import TRAIN, assert_sound, rows
 from safetensors.torch import load_file
-
-TRAIN = "fastpoem.train"
-CHANGES_NOTHING = {  # CUDA functions that are answered with a stub because nothing depends on what they do
-    "cublasSetMathMode", "cublasSetWorkspace_v2", "cublasLtMatmulDescSetAttribute", "cublasLtMatmulPreferenceSetAttribute",
-    "cudaFuncSetAttribute", "cudaGraphDestroy", "cudaGraphExecDestroy", "cudaStreamDestroy", "cuModuleUnload",
-    "cudaDeviceGetDefaultMemPool", "cudaGraphDebugDotPrint",
-}  # fmt: skip
-
-
-def assert_sound(outcome, code=0):
-    """It ended with `code`, no call was refused that a card would refuse, and nothing was used that is not modelled."""
-    assert outcome.code == code, outcome.said
-    assert not outcome.log.refused, [str(entry) for entry in outcome.log.refused]
-    assert outcome.log.unmodelled <= CHANGES_NOTHING
-    assert "Traceback" not in outcome.said
 
 
 def weights(folder):
@@ -137,15 +122,35 @@ def test_told_to_stop_it_saves_and_goes_on(command, tiny, tmp_path, number):
     assert f"step {done} of" in outcome.said
 
 
-def test_kernels_that_fail_their_check_are_not_used(command, tiny, tmp_path):
-    """On this card every kernel fails it, since nothing is computed."""
-    outcome = command(
-        TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", extra={"FASTPOEM_ASSUME_CHECKED": "0"}
-    )
+def test_what_fails_its_check_is_not_used(command, tiny, tmp_path):
+    """On this card everything fails it, since nothing is computed: plain operators train, one by one, and each is said."""
+    unchecked = {"FASTPOEM_ASSUME_CHECKED": "0", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", extra=unchecked)
     assert_sound(outcome)
-    assert outcome.said.count("failed its check") >= 5  # a form that writes nothing may be found right by chance
-    operations = [entry for one in outcome.log.captures for entry in one.operations] or outcome.log.launches
-    assert operations and not {"whole_row", "update"} & {entry.words[-1] for entry in operations}
+    assert outcome.said.count("failed its check") >= 5 and "checking this GPU, once" in outcome.said
+    log = outcome.log
+    assert not log.graph_launches and not log.captures
+    assert not {"whole_row", "update"} & {entry.words[1] for entry in log.launches}
+    again = command(TRAIN, *tiny, "--out", tmp_path / "again", "--compile", "off", extra=unchecked)
+    assert_sound(again)
+    assert "checking this GPU" not in again.said and again.said.count("failed its check") >= 5
+    for flag in ("--graphs", "--compile"):
+        refused = command(TRAIN, *tiny, "--out", tmp_path / "insists", flag, "on", extra=unchecked)
+        assert refused.code == 2 and "failed its check on this GPU" in refused.said
+
+
+def test_a_card_without_bf16_computes_in_fp32(command, tiny, tmp_path):
+    outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", sm=75)
+    assert_sound(outcome)
+    assert "float32 (the GPU has no bf16)" in outcome.said and not any(
+        "flash" in entry.words[1] for entry in outcome.log.launches
+    )
+    for flags, words in (
+        (["--precision", "bf16"], "has no bf16"),
+        (["--attention", "flash"], "compute capability 8.0"),
+    ):
+        refused = command(TRAIN, *tiny, "--out", tmp_path / "run2", *flags, sm=75)
+        assert refused.code == 2 and words in refused.said and len(refused.said.splitlines()) == 1
 
 
 def test_missing_tools_are_named_at_the_start(command, tiny, tmp_path):

@@ -1,0 +1,101 @@
+"""What is compiled for the cards, and what a step costs there: no kernel spills, a step's launches, its memory."""
+
+import pytest
+import torch
+from conftest import TRAIN, assert_sound
+from pretend import cubins, kind_of
+
+from fastpoem.corpus.feed import Rows, Shape
+from fastpoem.engine.compile import compiled_pieces, one_of_each_form
+from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.step import Pieces, TrainStep
+from fastpoem.model.gpt2 import GPT2, GPT2Config
+
+FULL = GPT2Config(21128, 1024, 768, 6, 12)  # 59.5 M parameters
+CARD = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_no_kernel_spills(command, wide, tmp_path, sm):
+    """Every kernel that training at the full model's width and vocabulary compiles, ours and Inductor's."""
+    for number, more in enumerate((["--batching", "bucket"], ["--batching", "pack"], ["--precision", "fp32"])):
+        flags = [*wide, "--out", tmp_path / f"run-{number}", "--max-steps", 3, "--compile", "on", *more]
+        assert_sound(command(TRAIN, *flags, sm=sm))
+    found = cubins(command.cache / f"sm_{sm}")
+    names = {one.name for one in found}
+    assert {"whole_row", "update", "partial_squares", "step_scalars"} <= names and sum(
+        name.startswith("triton_") for name in names
+    ) > 10
+    assert {one.arch.rstrip("a") for one in found} == {f"sm_{sm}"}
+    assert [one for one in found if one.spilled] == []
+    print(f"sm_{sm}: {len(found)} cubins, at most {max(one.registers for one in found)} registers")
+
+
+def step_of(poems: int, compiled: bool, dtype=torch.bfloat16) -> tuple[TrainStep, Rows]:
+    """A step of the full model on `poems` poems of 67 tokens, the commonest long length, and one batch for it."""
+    model = GPT2(FULL).train().to(CARD)
+    optimizer = FlatAdamW(model, CARD, dtype, weight_decay=0.01, max_norm=1.0)
+    source = torch.zeros(poems * 67, dtype=torch.int16, device=CARD)
+    step = TrainStep(Pieces(model), optimizer, source, poems=poems, pad_id=0)
+    where = torch.stack([torch.arange(poems) * 67, torch.full((poems,), 67)], 1)
+    rows = Rows(None, where, Shape(poems, 67), poems * 66)
+    if compiled:
+        step.pieces = compiled_pieces(model)
+        for shape in one_of_each_form([rows.shape]):
+            with step.rehearsal(shape):
+                step.work(shape)
+    return step, rows
+
+
+# Nodes of a step's graph. Raise a number here only with a reason; bring it down with every kernel that is fused away.
+NODES = {False: 320, True: 190}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_operations_of_a_step_are_counted(tape, compiled, capsys):
+    step, rows = step_of(16, compiled)
+    graphs = Graphs(step, print)
+    graphs.record([rows.shape])
+    assert not graphs.broken
+    (one,) = tape.take().captures
+    kinds: dict[str, int] = {}
+    for entry in one.operations:
+        kinds[kind_of(entry)] = kinds.get(kind_of(entry), 0) + 1
+    with capsys.disabled():
+        print(f"\n{'compiled' if compiled else 'eager'}: {one.nodes} nodes, {kinds}")
+    assert kinds["product"] <= 76 and kinds["attention"] == 24
+    assert one.nodes == sum(kinds.values()) <= NODES[compiled]
+
+
+@pytest.mark.parametrize("poems", [16, 64, 256])
+def test_memory_is_what_weights_and_activations_need(tape, poems, capsys):
+    """Peak of PyTorch's own allocator, which counts here as on a card: 18 bytes a weight in bf16, and the activations of a step."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    begun = torch.cuda.memory_allocated()
+    step, rows = step_of(poems, compiled=False)
+    fixed = torch.cuda.memory_allocated() - begun
+    graphs = Graphs(step, print)
+    graphs.record([rows.shape])
+    peak, held = torch.cuda.max_memory_allocated() - begun, torch.cuda.memory_reserved()
+    parameters = step.optimizer.master.numel()
+    tokens = poems * 66
+    # bf16, a layer: input, norm, q k v, attention, projection and dropouts (12 wide), gelu's two (8 wide); the logits and their gradient's copy
+    activations = tokens * (FULL.n_layer * 24 * FULL.n_embd * 2 + 2 * FULL.vocab_size * 2)
+    with capsys.disabled():
+        print(
+            f"\n{poems} poems of 66: {fixed / 2**20:,.0f} MiB fixed, peak {peak / 2**20:,.0f} MiB, held {held / 2**20:,.0f} MiB"
+        )
+    assert 16 * parameters < fixed < 19 * parameters
+    assert fixed < peak < 1.1 * (fixed + activations) + (64 << 20)
+    del step, graphs
+
+
+def test_backward_of_our_loss_runs_its_own_kernels(tape):
+    """In this thread, so that coverage sees what autograd's own thread runs on a card."""
+    step, rows = step_of(2, compiled=False, dtype=torch.float32)
+    with torch.autograd.set_multithreading_enabled(False):
+        step(rows, 1e-3)
+    names = [entry.words[1] for entry in tape.take().launches]
+    assert {"count_targets", "whole_row", "add_rows", "scale_unless_one", "update"} <= {*names}
