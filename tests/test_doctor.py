@@ -456,9 +456,10 @@ def test_the_process_of_checks_is_the_real_one(tmp_path, monkeypatch):
 @pytest.fixture
 def small_doctor(monkeypatch):
     """The doctor with a small model and small products."""
-    monkeypatch.setattr(trial, "train", functools.partial(trial.train, shape=TINY))
-    monkeypatch.setattr(trial, "notebook", functools.partial(trial.notebook, shape=GPT2Config(120, 512, 32, 1, 2)))
+    for name in ("train", "notebook"):
+        monkeypatch.setattr(trial, name, functools.partial(getattr(trial, name), shape=GPT2Config(120, 512, 32, 1, 2)))
     monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr(checks, "REAL", TINY)  # its vocabulary
     monkeypatch.setattr(machine, "seconds", lambda device, run: (run(), 1e-3)[1])
 
 
