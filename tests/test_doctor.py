@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from fastpoem_kernels import plain
-from fastpoem_kernels.check import Record
+from fastpoem_kernels.check import Record, check
 
 from fastpoem import doctor
 from fastpoem.config import TrainConfig
@@ -456,9 +456,12 @@ def test_the_process_of_checks_is_the_real_one(tmp_path, monkeypatch):
 @pytest.fixture
 def small_doctor(monkeypatch):
     """The doctor with a small model and small products."""
-    monkeypatch.setattr(trial, "train", functools.partial(trial.train, shape=TINY))
-    monkeypatch.setattr(trial, "notebook", functools.partial(trial.notebook, shape=GPT2Config(120, 512, 32, 1, 2)))
+    for name in ("train", "notebook"):
+        monkeypatch.setattr(trial, name, functools.partial(getattr(trial, name), shape=GPT2Config(120, 512, 32, 1, 2)))
     monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr(checks, "REAL", TINY)  # its vocabulary
+    few = lambda device, rows, vocabulary, parameters: check(device, 40, vocabulary, 6000)
+    monkeypatch.setattr(checks.kernel_check, "check", few)
     monkeypatch.setattr(machine, "seconds", lambda device, run: (run(), 1e-3)[1])
 
 

@@ -168,9 +168,8 @@ def _sentence(
         parts.append("CUDA graphs" if uses["graphs"] else "no CUDA graphs (they failed their check)")
     else:
         parts.append("the CPU's forms of the kernels, nothing compiled")
-    verdict = (
-        f"{', '.join(broken)} failed" if broken else f"all {count} checks passed" if count else "nothing was checked"
-    )
+    named = ", ".join(broken) if len(broken) <= 3 else f"{len(broken)} of {count} checks"
+    verdict = f"{named} failed" if broken else f"all {count} checks passed" if count else "nothing was checked"
     epoch = f"; an epoch of 217,561 poems would take {duration(mine.epoch_s)}" if mine.epoch_s else ""
     return f"training on {device} will use {', '.join(parts)}: {verdict}{epoch}"
 
