@@ -41,7 +41,7 @@ from fastpoem.run.metrics import Voice
 CPU = torch.device("cpu")
 HELD, TEXT, BEFORE = 400, 3200, 16_000  # poems
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of an epoch, that the fast recipe is run for
-NOTEBOOK_RATES = {"scratch": (2e-5, 5e-4, 1e-3), "trained": (2e-5, 2e-4, 5e-4)}
+NOTEBOOK_RATES = {"scratch": (2e-5, 1e-3), "trained": (2e-5, 5e-4)}
 
 
 class Stopwatch:
@@ -57,6 +57,9 @@ class Stopwatch:
     def __exit__(self, *_: object) -> None:
         self.cpu += time.process_time() - self._cpu
         self.wall += time.perf_counter() - self._wall
+
+    def read(self) -> dict[str, float]:
+        return {"cpu": self.cpu, "wall": self.wall}
 
 
 class Task:
@@ -105,23 +108,19 @@ class Task:
 Points = Iterator[dict[str, Any]]
 
 
-def by_notebook(task: Task, start: str, seed: int, lr: float, every: int = 20) -> Points:
-    """The notebook's own loop for one epoch; a point every so many steps."""
+def by_notebook(task: Task, start: str, seed: int, lr: float, every: int = 50) -> Points:
+    """The notebook's own loop for one epoch; a point every so many steps, and at the end."""
     folder = task.models[start]
     model = notebook.load_model(folder, from_scratch=start == "scratch", dropout=None, seed=seed)
     tokenizer = BertTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
-    watch, end = Stopwatch(), object()
-    rows = notebook.train(model, tokenizer, notebook.Poems(task.text), lr=lr, log_every=1)
-    while True:
+    watch, rows = Stopwatch(), notebook.train(model, tokenizer, notebook.Poems(task.text), lr=lr, log_every=every)
+    row: dict[str, Any] | None = {}
+    while row is not None:
         with watch:
-            row = next(rows, end)
-        if row is end:
-            return
-        if row["step"] == 1 or row["step"] % every == 0:  # type: ignore[index]
-            point = {"step": row["step"], "cpu": watch.cpu, "wall": watch.wall}  # type: ignore[index]
-            yield point | {"val_loss": task.loss(model.state_dict())}
-            model.train()
+            row = next(rows, None)
+        yield {"step": row["step"] if row else TEXT // 16, **watch.read(), "val_loss": task.loss(model.state_dict())}
+        model.train()
 
 
 def by_fastpoem(task: Task, start: str, seed: int, share: float = 1.0, every: int = 0, **settings: Any) -> Points:
@@ -142,5 +141,5 @@ def by_fastpoem(task: Task, start: str, seed: int, share: float = 1.0, every: in
                     loop.one_step()
                 if loop.done == loop.last_step or (every and loop.done % every == 0):
                     weights = dict(loop.step.optimizer.named(loop.step.optimizer.master))
-                    yield {"step": loop.done, "cpu": watch.cpu, "wall": watch.wall, "val_loss": task.loss(weights)}
+                    yield {"step": loop.done, **watch.read(), "val_loss": task.loss(weights)}
                     loop.model.train()
