@@ -9,22 +9,18 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastpoem.config import HUB_MODEL, TrainConfig
+from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
-from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
-from fastpoem.corpus.read import source_files
-from fastpoem.corpus.store import TokenStore, cached_store, is_store
-from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.corpus.vocabulary import kept_ids, numbering
+from fastpoem.corpus.plan import BucketOrder, Order
+from fastpoem.corpus.store import TokenStore
+from fastpoem.corpus.vocabulary import numbering
 from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
@@ -33,12 +29,11 @@ from fastpoem.engine.trust import decide
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
-from fastpoem.model.find import resolve_folder
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.model.vocabulary import Narrowed
-from fastpoem.paths import user_cache
 from fastpoem.run import checkpoint, folder
+from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.signals import StopRequest
@@ -102,32 +97,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         raise InputError("--tensorboard", "TensorBoard is not installed", "pip install 'fastpoem[curves]'")
     out = folder.choose(config)
 
-    source = Path(config.data).expanduser() if config.data is not None else hub.BUNDLED / "poems.txt"
-    if not is_store(source):
-        source_files(source)  # raises for what is not there
-    name = config.model or (HUB_MODEL if config.data is not None else str(hub.BUNDLED / "model"))
-    model_folder = resolve_folder(name)
-    shape, raw_config = hub.read_config(model_folder)
-    if config.dropout is not None:
-        shape = dataclasses.replace(
-            shape, embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout
-        )
-    tokenizer = PoemTokenizer.load(model_folder)
-    if tokenizer.vocab_size > shape.vocab_size:
-        reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {shape.vocab_size}"
-        raise InputError(model_folder, reason, "use a tokenizer and a model that belong together")
-
-    if config.sample is not None:
-        _, lengths, _ = tokenizer.encode([config.sample], 65535)
-        if lengths[0] >= min(128, shape.n_positions):
-            raise InputError("--sample", f"{lengths[0]} tokens leave no room for a poem", "give its first characters")
-    store = _open_store(config, source, tokenizer, shape, voice)
-    held = held_out_rows(store.rows, config.val_poems, config.seed)
-    try:
-        order = _order(config, store, held)
-    except InputError as error:
-        raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
-    ids = _ids(config, store, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
+    given = take(config, voice)
+    shape, tokenizer, store, order, ids = given.shape, given.tokenizer, given.store, given.order, given.ids
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     dtype, why = _choose_precision(config, device, computed, store, out)
     varlen, about_attention = _choose_attention(config, device, dtype)
@@ -137,7 +108,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if varlen is not None and not trusted.varlen:
         varlen, about_attention = None, None
     goes_on = config.resume and bool(checkpoint.listed(out))
-    model = _model(config, shape, varlen, model_folder, goes_on=goes_on)
+    model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
     model.to(device)
     optimizer = FlatAdamW(
@@ -149,7 +120,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         kernels=trusted.kernels,
     )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
-    beside = hub.companions(hub.saved_config(raw_config, shape, special), tokenizer.files)
+    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
 
     # Streams and graphs are made on the current device, whatever their tensors are on.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
@@ -160,7 +131,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
         shapes = _shapes(order, feed)
         step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
-        loop = Loop(config, out, device, model, step, order, feed, held, voice, identity, beside, claim.hold, narrowed)
+        loop = Loop(
+            config, out, device, model, step, order, feed, given.held, voice, identity, beside, claim.hold, narrowed
+        )
         torch.manual_seed(config.seed)
         state = _resume(loop, config) if config.resume else None
         if state is None and goes_on:  # the model has no weights yet
@@ -173,7 +146,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
         voice.say(
-            f"{order.steps:,} steps an epoch of {config.batch_size} poems, {len(held):,} poems held out for validation"
+            f"{order.steps:,} steps an epoch of {config.batch_size} poems, {len(given.held):,} poems held out for validation"
         )
         if state is not None:
             left = "nothing is left to do" if loop.done >= loop.last_step else "going on"
@@ -249,68 +222,6 @@ def _choose_attention(
         return None, None
     varlen, what = find_varlen(device, dtype)
     return varlen, f"attention inside packed batches: {what}" if device.type == "cuda" else None
-
-
-def _open_store(
-    config: TrainConfig, source: Path, tokenizer: PoemTokenizer, shape: GPT2Config, voice: Voice
-) -> TokenStore:
-    """The token store of the run's text, made if need be."""
-    longest = shape.n_positions
-    if config.max_length is not None and config.max_length > longest:
-        raise InputError(
-            f"--max-length {config.max_length}", f"the model has {longest} positions", f"use at most {longest}"
-        )
-    if is_store(source):
-        store = TokenStore.open(source)
-        if (store.fingerprint, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
-            raise InputError(source, "was made with another tokenizer", "prepare the text again with this --model")
-        made = {"max_length": store.max_length, "convert": store.manifest["source"].get("convert") or "none"}
-        for name, wanted in (("max_length", config.max_length), ("convert", config.convert)):
-            if wanted not in (None, "none", made[name]):
-                flag = f"--{name.replace('_', '-')} {wanted}"
-                raise InputError(
-                    flag, f"the store was prepared with {made[name]}", "prepare the text again, or drop the flag"
-                )
-        if store.buckets[-1].length > longest:
-            reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
-            raise InputError(source, reason, f"prepare the text again with --max-length {longest}")
-        store.verify()
-        return store
-    cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
-    if config.data is None and cache is None:  # not beside the package's own files
-        cache = user_cache()
-    begin = time.perf_counter()
-    store = cached_store(
-        source,
-        tokenizer,
-        cache_dir=cache,
-        max_length=config.max_length or min(512, longest),
-        buckets=config.buckets,
-        convert=None if config.convert == "none" else config.convert,
-    )
-    voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
-    return store
-
-
-def _ids(config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice) -> np.ndarray:
-    """The ids that --vocab corpus trains, (K,) ascending."""
-    special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id]
-    ids, occurring = kept_ids(store, (one for one in special if one is not None), vocabulary)
-    voice.say(f"{occurring:,} of {vocabulary:,} ids occur: {len(ids):,} are trained, the others keep their weights")
-    if config.sample is not None and not np.isin(tokenizer.encode([config.sample], 65535)[0], ids).all():
-        voice.say("--sample has characters that no poem has: they are not trained")
-    return ids
-
-
-def _order(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
-    lengths = [bucket.length for bucket in store.buckets]
-    if config.batching == "bucket" and config.shuffle:
-        where, index = store.locate(held)
-        held_by_bucket = [np.sort(index[where == bucket]) for bucket in range(len(lengths))]
-        rows = [bucket.rows for bucket in store.buckets]
-        return BucketOrder(lengths, rows, held_by_bucket, config.batch_size, config.seed)
-    seed = config.seed if config.shuffle else None
-    return TextOrder(lengths, store.rows, store.locate, held, config.batch_size, seed)
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:
