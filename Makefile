@@ -29,7 +29,7 @@ $(GPU_VENV)/.installed: pyproject.toml tests/pretend_gpu/constraints.txt
 	$(PYTHON) -m venv $(GPU_VENV)
 	@echo "installing into $(GPU_VENV) PyTorch's CUDA build (some minutes the first time)"
 	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/pretend_gpu/constraints.txt \
-		--editable . pytest pytest-timeout coverage
+		--editable . pytest pytest-timeout pytest-xdist coverage
 	@touch $@
 
 bench: $(VENV)/.test

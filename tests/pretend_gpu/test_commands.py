@@ -177,3 +177,15 @@ def test_other_flags_run(command, tiny, tmp_path, flags):
     outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", *flags)
     assert_sound(outcome)
     assert any("flash" in entry.words[1] for entry in outcome.log.launches) == ("notebook" not in flags)
+
+
+@pytest.mark.parametrize("assumed", ["1", "0"])
+def test_the_doctor_says_what_this_card_is_worth(command, tmp_path, assumed):
+    """Nothing is computed here, so every check must fail: a doctor that finds this card healthy looks at nothing."""
+    variables = {"FASTPOEM_ASSUME_CHECKED": assumed, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    outcome = command("fastpoem.doctor", "--device", "cuda:0", "--quick", "--json", extra=variables)
+    assert outcome.code == 1 and "Traceback" not in outcome.said, outcome.said
+    report = json.loads(next(line for line in outcome.said.splitlines() if line.startswith("{")))
+    assert not report["ok"] and "H100 (pretend)" in report["machine"]["name"]
+    checks = [record for record in report["checks"] if not record["ok"]]
+    assert len(checks) >= len(report["checks"]) / 2 and report["sentence"]

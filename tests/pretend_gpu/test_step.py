@@ -14,6 +14,7 @@ from pretend import Log, Tape
 
 from fastpoem.cli import parse
 from fastpoem.config import TrainConfig, with_defaults
+from fastpoem.corpus.feed import Feed
 from fastpoem.engine import build, compile
 from fastpoem.engine.compile import forms
 from fastpoem.engine.graphs import Graphs
@@ -240,17 +241,19 @@ def test_what_is_planted_into_a_step_is_caught(tiny, tmp_path, tape, what):
             step.assert_lean()
 
 
-def test_a_stray_shape_is_caught(tiny, tmp_path, tape):
+def test_a_stray_shape_is_caught(tiny, tmp_path, tape, monkeypatch):
     """It is recorded when it comes; that step is no lean one, and the next of that shape is."""
-    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000) as (loop, _):
-        feed = loop.feed
+    feed = Feed.__call__
 
-        def longer(step):
-            rows = feed(step)
-            return rows._replace(shape=rows.shape._replace(longest=rows.shape.longest + 1))
+    def longer(self, step):
+        rows = feed(self, step)
+        return rows._replace(shape=rows.shape._replace(longest=rows.shape.longest + 1))
 
-        longer.store = feed.store
-        loop.feed = longer
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000, "--val-poems", 0) as (
+        loop,
+        _,
+    ):
+        monkeypatch.setattr(Feed, "__call__", longer)
         steps = observe(loop, tape)
     assert {step.new_shape for step in steps} == {True, False}
     for step in steps:
