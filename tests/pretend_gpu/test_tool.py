@@ -85,6 +85,16 @@ def test_a_capture_counts_its_nodes_and_does_nothing_until_launched(tape, x):
     assert goal.tolist() == [1] * 8
 
 
+def test_products_of_every_kind_are_captured(tape):
+    """Those with a bias go through cuBLASLt, which is told the stream itself."""
+    x = torch.ones(64, 768, device="cuda", dtype=torch.bfloat16)
+    weight, bias = x.new_ones(768, 768), x.new_ones(768)
+    torch.addmm(bias, x, weight)
+    tape.take()
+    error, log, _ = capture(tape, lambda: (torch.addmm(bias, x, weight), x @ weight, torch.bmm(x[None], weight[None])))
+    assert error is None and log.captures[0].nodes == 3 and not log.done
+
+
 FORBIDDEN = {
     "item": lambda x: x.sum().item(),
     "synchronize": lambda x: torch.cuda.synchronize(),

@@ -191,10 +191,10 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void** argument
 // ---- cuBLAS: a handle is the place where its stream is kept
 #define PRODUCT(handle, format, ...)                                                                              \
     do {                                                                                                          \
-        Stream* stream = stream_of(handle);                                                                       \
+        Stream* queue = stream_of(handle);                                                                        \
         int captured;                                                                                             \
-        if (enqueue(stream, &captured)) return CUBLAS_STATUS_EXECUTION_FAILED;                                    \
-        say("G " format " device=%d stream=%d capture=%d", __VA_ARGS__, stream->device, stream->number, captured); \
+        if (enqueue(queue, &captured)) return CUBLAS_STATUS_EXECUTION_FAILED;                                     \
+        say("G " format " device=%d stream=%d capture=%d", __VA_ARGS__, queue->device, queue->number, captured);  \
         return CUBLAS_STATUS_SUCCESS;                                                                             \
     } while (0)
 #define ONE(op) ("NTC"[op])
