@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastpoem.config import HUB_MODEL, TrainConfig
+from fastpoem.config import HUB_MODEL, RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
 from fastpoem.corpus.read import source_files
@@ -112,6 +112,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         shape = dataclasses.replace(
             shape, embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout
         )
+    if config.lr is None:
+        config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
+        voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
     tokenizer = PoemTokenizer.load(model_folder)
     if tokenizer.vocab_size > shape.vocab_size:
         reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {shape.vocab_size}"
@@ -292,9 +295,7 @@ def _open_store(
     return store
 
 
-def _ids(
-    config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice
-) -> np.ndarray:
+def _ids(config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice) -> np.ndarray:
     """The ids that --vocab corpus trains, (K,) ascending."""
     special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id]
     ids, occurring = kept_ids(store, (one for one in special if one is not None), vocabulary)
