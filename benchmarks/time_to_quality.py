@@ -16,10 +16,13 @@ A run with a schedule says nothing halfway, so the fast recipe is run to the end
 from __future__ import annotations
 
 import json
+import os
 import random
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,12 @@ from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.run.fit import assembled
 from fastpoem.run.metrics import Voice
+from fastpoem.run.signals import StopRequest
 
 CPU = torch.device("cpu")
 HELD, TEXT, BEFORE = 400, 3200, 16_000  # poems
-SHARES = (0.1, 0.25, 0.5, 1.0)  # of an epoch, that the fast recipe is run for
-NOTEBOOK_RATES = {"scratch": (2e-5, 1e-3), "trained": (2e-5, 5e-4)}
+SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # of an epoch, that the fast recipe is run for
+TUNED = {"scratch": 1e-3, "trained": 5e-4}  # learning rates for the notebook
 
 
 class Stopwatch:
@@ -123,8 +127,8 @@ def by_notebook(task: Task, start: str, seed: int, lr: float, every: int = 50) -
         model.train()
 
 
-def by_fastpoem(task: Task, start: str, seed: int, share: float = 1.0, every: int = 0, **settings: Any) -> Points:
-    """fastpoem under `settings` for a share of an epoch; a point every so many steps, and at the end."""
+def by_fastpoem(task: Task, start: str, seed: int, share: float, **settings: Any) -> Points:
+    """fastpoem under `settings` for a share of an epoch; a point at the end."""
     with tempfile.TemporaryDirectory() as temporary:
         folder, watch = task.models[start], Stopwatch()
         with watch:
@@ -135,11 +139,98 @@ def by_fastpoem(task: Task, start: str, seed: int, share: float = 1.0, every: in
             device="cpu", val_poems=0, seed=seed, max_steps=max(1, round(share * (store.rows // batch))), **settings,
         )  # fmt: skip
         with assembled(config, Voice(quiet=True)) as (loop, _):
-            loop.model.train()
-            while loop.done < loop.last_step:
-                with watch:
-                    loop.one_step()
-                if loop.done == loop.last_step or (every and loop.done % every == 0):
-                    weights = dict(loop.step.optimizer.named(loop.step.optimizer.master))
-                    yield {"step": loop.done, **watch.read(), "val_loss": task.loss(weights)}
-                    loop.model.train()
+            with watch:
+                loop.run(StopRequest())  # its checkpoint too
+            weights = loop.tensors()[hub.WEIGHTS]  # of the whole vocabulary, whatever is trained of it
+            yield {"step": loop.done, "share": share, **watch.read(), "val_loss": task.loss(weights)}
+
+
+CONTESTANTS: dict[str, Callable[[Task, str, int], Points]] = {
+    "notebook": lambda task, start, seed: by_notebook(task, start, seed, 2e-5),
+    "notebook, tuned": lambda task, start, seed: by_notebook(task, start, seed, TUNED[start]),
+    "fast": lambda task, start, seed: chain.from_iterable(
+        by_fastpoem(task, start, seed, one, recipe="fast") for one in SHARES
+    ),
+    "fast, batches of 8": lambda task, start, seed: chain.from_iterable(
+        by_fastpoem(task, start, seed, one, recipe="fast", batch_size=8) for one in SHARES
+    ),
+}
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """For each start: loss at the end and CPU seconds of the notebook's loops; for each length of the fast recipe's, the same and the
+    share of the notebook's time. Means over the seeds, and in brackets the spread from least to most."""
+    lines = [
+        "| from | | epoch | CPU s | of the notebook's | validation loss |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for start in TUNED:
+        whole = None
+        for name in CONTESTANTS:
+            seeds = [points for key, points in sorted(runs.items()) if key.startswith(f"{start}/{name}/")]
+            if not seeds:
+                continue
+            for ends in [[points[-1] for points in seeds]] if name.startswith("notebook") else zip(*seeds, strict=True):
+                cpu = statistics.mean(point["cpu"] for point in ends)
+                losses = [point["val_loss"] for point in ends]
+                whole = whole or cpu
+                lines.append(
+                    f"| {start} | {name} | {ends[0].get('share', 1.0):.0%} | {cpu:.1f} | {cpu / whole:.3f} "
+                    f"| {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) |"
+                )
+    return "\n".join(lines)
+
+
+def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colours = dict(zip(CONTESTANTS, ("#b0b0b0", "#5b6f8f", "#c14a4a", "#d8a657"), strict=True))
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
+    for axis, start, title in zip(axes, TUNED, ("from scratch", "a trained model goes on"), strict=True):
+        for key, points in runs.items():
+            of, name, seed = key.split("/")
+            if of == start:
+                style = ".-" if name.startswith("notebook") else "o-"
+                label = name if seed == "0" else None
+                cpu, loss = [point["cpu"] for point in points], [point["val_loss"] for point in points]
+                axis.plot(cpu, loss, style, color=colours[name], lw=1, ms=4, label=label)
+        axis.set(title=title, xlabel="CPU seconds, one thread", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("validation loss")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Validation loss against time.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the task and time_to_quality.json")
+    parser.add_argument(
+        "--data", type=Path, default=Path(os.environ.get("FASTPOEM_SHARED", "../shared")) / "data/poems.txt.xz"
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=CONTESTANTS, help="not the others")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.out.mkdir(parents=True, exist_ok=True)
+    task, file = Task(args.data, args.out), args.out / "time_to_quality.json"
+    runs = json.loads(file.read_text()) if file.exists() else {}
+    for seed in range(args.seeds):
+        for start in TUNED:
+            for name in args.only or CONTESTANTS:
+                key = f"{start}/{name}/{seed}"
+                if key not in runs:
+                    runs[key] = list(CONTESTANTS[name](task, start, seed))
+                    file.write_text(json.dumps(runs, indent=1))
+                    print(key, runs[key][-1], flush=True)
+    print(table(runs))
+    if args.plot:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fastpoem.config import TrainConfig
+from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
@@ -99,6 +99,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
     given = take(config, voice)
     shape, tokenizer, store, order, ids = given.shape, given.tokenizer, given.store, given.order, given.ids
+    if config.lr is None:
+        config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
+        voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     dtype, why = _choose_precision(config, device, computed, store, out)
     varlen, about_attention = _choose_attention(config, device, dtype)

@@ -147,6 +147,7 @@ class Loop:
         config, begin, setup = self.config, time.perf_counter(), self.step.setup_seconds
         epoch, within = divmod(self.done, self.order.steps)
         rows = self.feed(self.order(epoch, within))
+        assert config.lr is not None  # `fit` has put a number there
         lr = learning_rate(
             config.schedule,
             config.lr,
@@ -154,7 +155,7 @@ class Loop:
             steps_per_epoch=self.order.steps,
             epochs=config.epochs,
             last_step=self.last_step,
-            warmup=config.warmup_steps,
+            warmup=min(100, self.last_step // 20) if config.warmup_steps is None else config.warmup_steps,
         )
         self.step(rows, lr)
         self.watch.count += 1
