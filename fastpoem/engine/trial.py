@@ -102,8 +102,10 @@ def notebook(
     try:
         from transformers import GPT2Config as HFConfig
         from transformers import GPT2LMHeadModel
+        from transformers.utils import logging
     except ImportError as error:
         return Trial(form, note=f"transformers cannot be imported ({error})")
+    logging.set_verbosity_error()  # its words about ids that nothing here asks for
     _peak_memory(device, reset=True)
     begin = time.perf_counter()
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
