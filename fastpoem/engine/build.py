@@ -64,6 +64,8 @@ def build_step(
         begin = time.perf_counter()
         graphs = Graphs(step, say)
         graphs.record(shapes)
+        if graphs.broken and config.graphs == "on":
+            raise InputError("--graphs on", "the step could not be recorded here", "use --graphs auto")
         if not graphs.broken:
             step.launch = graphs
             took = time.perf_counter() - begin

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from fastpoem.corpus.feed import Shape
 from fastpoem.engine.batch import assemble
 from fastpoem.engine.step import Pieces, account
 from fastpoem.model.attention import Packing
+from fastpoem.paths import user_cache
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -40,8 +40,7 @@ def why_not_compile(device: torch.device) -> str | None:
 
 def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
     """The pieces, to be compiled when they are first called. A graph break raises there."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "inductor"))
     options = _one_launch_for_small_kernels() if backend == "inductor" else None
     compiled = torch.compile(model, fullgraph=True, backend=backend, options=options)
 
