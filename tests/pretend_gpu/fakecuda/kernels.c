@@ -241,6 +241,16 @@ cublasStatus_t cublasSgemmStridedBatched(
     long long sa, const float* B, int ldb, long long sb, const float* beta, float* C, int ldc, long long sc, int count) {
     PRODUCT(*(void**)h, "cublasSgemmStridedBatched m=%d n=%d k=%d ops=%c%c type=0 batch=%d", m, n, k, ONE(a), ONE(b), count);
 }
+cublasStatus_t cublasDgemm_v2(
+    cublasHandle_t h, cublasOperation_t a, cublasOperation_t b, int m, int n, int k, const double* alpha, const double* A, int lda,
+    const double* B, int ldb, const double* beta, double* C, int ldc) {
+    PRODUCT(*(void**)h, "cublasDgemm m=%d n=%d k=%d ops=%c%c type=1", m, n, k, ONE(a), ONE(b));
+}
+cublasStatus_t cublasDgemmStridedBatched(
+    cublasHandle_t h, cublasOperation_t a, cublasOperation_t b, int m, int n, int k, const double* alpha, const double* A, int lda,
+    long long sa, const double* B, int ldb, long long sb, const double* beta, double* C, int ldc, long long sc, int count) {
+    PRODUCT(*(void**)h, "cublasDgemmStridedBatched m=%d n=%d k=%d ops=%c%c type=1 batch=%d", m, n, k, ONE(a), ONE(b), count);
+}
 
 // ---- cuBLASLt: a layout keeps its shape
 size_t cublasLtGetVersion(void) { return 130100; }
