@@ -15,6 +15,7 @@ A run with a schedule says nothing halfway, so the fast recipe is run to the end
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
