@@ -218,10 +218,10 @@ def test_resuming_at_step_a_million_is_as_fast_as_at_step_one(base, tmp_path):
             loop.save()
             loop.saver.wait()
         config = fastpoem.config.from_kwargs(**settings(base, out=str(out), epochs=100_000, resume=True))
-        begin = time.perf_counter()
+        begin = time.process_time()  # busy cores would count on the clock
         with assembled(config, Voice(quiet=True)) as (loop, _):
             loop.one_step()
-            took[name] = time.perf_counter() - begin
+            took[name] = time.process_time() - begin
             assert loop.done == done + 1
     assert took["million"] < 3 * took["one"] + 0.5
 
