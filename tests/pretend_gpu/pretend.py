@@ -370,7 +370,7 @@ def _test(variables: dict[str, str], options: list[str]) -> int:
             f"--rcfile={here / 'coverage.ini'}",
             "-m",
             "pytest",
-            *("--quiet", "--numprocesses", "2", "--dist", "worksteal"),
+            *("--quiet", "--numprocesses", "2", "--dist", "worksteal", "--timeout", "900"),
         ]
         code = subprocess.run([*covered, *(options or [str(here)])], cwd=here.parents[1], env=variables).returncode
         if code:
