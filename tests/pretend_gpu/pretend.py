@@ -232,6 +232,11 @@ class Log:
                 here.append(entry)
         return {name: Log(tuple(entries)) for name, entries in parts.items()}
 
+    def of_the_last_process(self) -> Log:
+        """Where processes share a file: the part of the one that ended last, which started the others."""
+        begins = [place for place, entry in enumerate(self.entries) if entry.letter == "P"]
+        return Log(self.entries[begins[-1] :])
+
     def __str__(self) -> str:
         kinds = Counter(kind_of(entry) for entry in self.done)
         kinds |= Counter(
