@@ -72,7 +72,7 @@ class Command:
 
     def __call__(self, module: str, *arguments: object, **options) -> Outcome:
         process, log = self.start(module, *arguments, **options)
-        said, _ = process.communicate(timeout=280)
+        said, _ = process.communicate(timeout=600)
         return Outcome(process.returncode, said, parse(log.read_text().splitlines()) if log.exists() else Log(()))
 
     def stopped(self, module: str, *arguments: object, after: str, number: int = signal.SIGTERM) -> Outcome:

@@ -232,6 +232,11 @@ class Log:
                 here.append(entry)
         return {name: Log(tuple(entries)) for name, entries in parts.items()}
 
+    def of_the_last_process(self) -> Log:
+        """Where processes share a file: the part of the one that ended last, which started the others."""
+        begins = [place for place, entry in enumerate(self.entries) if entry.letter == "P"]
+        return Log(self.entries[begins[-1] :])
+
     def __str__(self) -> str:
         kinds = Counter(kind_of(entry) for entry in self.done)
         kinds |= Counter(
@@ -370,7 +375,7 @@ def _test(variables: dict[str, str], options: list[str]) -> int:
             f"--rcfile={here / 'coverage.ini'}",
             "-m",
             "pytest",
-            *("--quiet", "--numprocesses", "2", "--dist", "worksteal"),
+            *("--quiet", "--numprocesses", "2", "--dist", "worksteal", "--timeout", "900"),
         ]
         code = subprocess.run([*covered, *(options or [str(here)])], cwd=here.parents[1], env=variables).returncode
         if code:
