@@ -1,8 +1,8 @@
 """Validation loss against time: the notebook's loop, the same with a tuned learning rate, and `--recipe fast`.
 
 `python -m benchmarks.time_to_quality --out DIR [--seeds 3]` trains, writes DIR/time_to_quality.json after every run (one that is there
-already is not done again) and says how long each took to reach what the notebook's recipe has after its epoch. `--plot FILE.png` draws
-what DIR holds. With four other cores' worth of work beside it an hour; alone about twenty minutes.
+already is not done again) and prints a table; `--plot FILE.png` draws what DIR holds. It takes 40 minutes of one core, most of them the
+notebook's, which is why it is no test of `pytest benchmarks/`.
 
 Real poems (3,200 to train on, 400 held out), a model of 2 layers, 128 wide, over the characters that they use, from weights drawn anew
 ("scratch") and from a model trained before on 16,000 others, all of five-character lines ("trained": so there is something new to learn,

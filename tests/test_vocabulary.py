@@ -142,6 +142,22 @@ def test_resumed_is_untouched_even_without_the_weights_it_began_with(base, tmp_p
     assert_same(tmp_path / "whole", tmp_path / "run")
 
 
+def test_what_was_not_trained_is_not_written(base, store, tmp_path):
+    """Sampled from the whole distribution, to which untrained rows would contribute most."""
+    run = fastpoem.fit(**settings(base, vocab="corpus", out=str(tmp_path / "run"), max_steps=1))
+    model = GPT2LMHeadModel.from_pretrained(run.model)
+    ids, _ = kept_ids(store, SPECIAL, store.vocab_size)
+    start = torch.tensor([[2]])
+    torch.manual_seed(0)
+    written = model.generate(start, max_new_tokens=40, num_return_sequences=8, do_sample=True, top_k=0, temperature=2.0)
+    assert np.isin(written.numpy(), ids).all()
+    assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (3, 0)
+    model.generation_config.suppress_tokens = None
+    written = model.generate(start, max_new_tokens=40, num_return_sequences=8, do_sample=True, top_k=0, temperature=2.0)
+    assert not np.isin(written.numpy(), ids).all()  # so the test can fail
+    assert len(run.generate("春", top_k=0, seed=1)) == 1
+
+
 def test_a_store_serves_both(base, store, tmp_path):
     """The store on disk is the same, whatever is trained of it."""
     one, other = (

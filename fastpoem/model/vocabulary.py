@@ -2,11 +2,13 @@
 
 The bundled vocabulary of BERT has 21,128 ids, 217,561 classical poems use 5,184 of them, and the head is 28% of a step's arithmetic. Rows
 that no poem asks for need not be computed: as inputs they never come, as outputs they would only learn to be unlikely. What leaves the
-run (RUN/model, checkpoints) has every row again, the others with the very values they began with.
+run (RUN/model, checkpoints) has every row again, the others with the very values they began with. Nothing taught these to be unlikely,
+so generation_config.json tells transformers never to write them.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -36,3 +38,8 @@ class Narrowed:
         """Go on from what `widen` returned: `embedding` (K, D) gets its rows, and the others are those of a later `widen`."""
         self.whole.copy_(weights[EMBEDDING])
         embedding.copy_(self.whole[self.ids])
+
+    def generation_config(self, special: Mapping[str, int]) -> bytes:
+        """What makes `generate` and pipelines choose among `ids` only; `special`: bos, eos and pad, as in config.json."""
+        others = torch.ones(len(self.whole), dtype=torch.bool).index_fill_(0, self.ids, False)
+        return json.dumps({**special, "suppress_tokens": others.nonzero().flatten().tolist()}).encode()

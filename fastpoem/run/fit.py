@@ -124,6 +124,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
+    if narrowed is not None:
+        beside["generation_config.json"] = narrowed.generation_config(special)
 
     # Streams and graphs are made on the current device, whatever their tensors are on.
     current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
