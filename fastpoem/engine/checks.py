@@ -120,7 +120,7 @@ def make_step(
 ) -> TrainStep:
     """A step of a model drawn from seed 0."""
     shape = dataclasses.replace(shape, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
-    model = GPT2(shape, find_varlen(device, dtype)[0] if packed else None)
+    model = GPT2(shape, find_varlen(device, dtype, shape.n_embd // shape.n_head)[0] if packed else None)
     model.initialise(0)
     optimizer = FlatAdamW(model.to(device).train(), device, dtype, weight_decay=0.01, max_norm=max_norm)
     source = torch.zeros(POEMS * 67, dtype=torch.int16, device=device)
@@ -282,7 +282,7 @@ def attention(device: torch.device, dtype: torch.dtype, packed: bool = False, he
         packing = assemble(rows.source.to(device), where.to(device), size, 0).packing
         ends = lengths.cumsum(0).tolist()
         borders, shape = list(zip([0, *ends[:-1]], ends, strict=True)), (1, total)
-    varlen = find_varlen(device, dtype)[0] if packed else None
+    varlen = find_varlen(device, dtype, 64)[0] if packed else None
     flash = why_not_flash(device, dtype) is None
 
     def attend(qkv: Tensor, dropout: float) -> Tensor:  # (rows, 3 * D) -> (rows, D)

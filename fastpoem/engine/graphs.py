@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 
@@ -27,7 +28,10 @@ class Graphs:
         self.recorded: dict[Shape, torch.cuda.CUDAGraph | None] = {}
         self.broken = False
         self.bytes = 0  # of device memory that the graphs hold
-        self._pool = torch.cuda.graph_pool_handle() if step.device.type == "cuda" else None
+        on_cuda = step.device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
+        # One for all: cuBLAS keeps 64 MiB of workspace for every stream it has seen.
+        self._aside: Any = torch.cuda.Stream(step.device) if on_cuda else None
 
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
@@ -53,17 +57,19 @@ class Graphs:
             self.recorded[shape] = None
             return
         begin, step = time.perf_counter(), self.step
-        free = torch.cuda.mem_get_info(step.device)[0]
+        device = step.device
+        torch.cuda.empty_cache()  # or what was cached before would count as given back
+        free = torch.cuda.mem_get_info(device)[0]
         graph = torch.cuda.CUDAGraph()
         try:
-            with step.rehearsal(shape):
-                aside = torch.cuda.Stream(step.device)  # what is set up lazily may not be set up while recording
-                aside.wait_stream(torch.cuda.current_stream(step.device))
-                with torch.cuda.stream(aside):
+            # The outer context puts the stream back where a capture that fails does not.
+            with step.rehearsal(shape), torch.cuda.stream(torch.cuda.current_stream(device)):
+                self._aside.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(self._aside):  # what is set up lazily may not be set up while recording
                     step.work(shape)
-                torch.cuda.current_stream(step.device).wait_stream(aside)
+                torch.cuda.current_stream(device).wait_stream(self._aside)
                 # thread_local: a checkpoint may be on its way to the disk in another thread
-                with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                     step.work(shape)
         except RuntimeError as error:
             self.broken = True
@@ -75,7 +81,7 @@ class Graphs:
             self.say(f"the step could not be recorded as a CUDA graph ({reason}): its kernels are launched one by one")
             return
         self.recorded[shape] = graph
-        self.bytes += free - torch.cuda.mem_get_info(step.device)[0]
+        self.bytes += free - torch.cuda.mem_get_info(device)[0]
         step.setup_seconds += time.perf_counter() - begin
 
     def _spoil(self) -> None:

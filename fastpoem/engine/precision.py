@@ -29,7 +29,7 @@ def choose_device(wanted: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ["cpu", *(f"cuda:{i}" for i in range(count))]
     if wanted == "auto":
-        return torch.device(there[1] if count else "cpu")
+        return _current(0) if count else torch.device("cpu")
     kind, _, index = wanted.partition(":")
     if wanted == "cpu":
         return torch.device("cpu")
@@ -37,7 +37,13 @@ def choose_device(wanted: str) -> torch.device:
         raise InputError(f"--device {wanted}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
     if int(index or 0) >= count:
         raise InputError(f"--device {wanted}", "there is no such device here", f"this machine has {', '.join(there)}")
-    return torch.device("cuda", int(index or 0))
+    return _current(int(index or 0))
+
+
+def _current(index: int) -> torch.device:
+    """Streams and graphs are made on the process' current device, whatever their tensors are on: so it is the one that trains."""
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def choose_dtype(wanted: str, device: torch.device, shape: GPT2Config, tokens: int) -> tuple[torch.dtype, str]:

@@ -165,6 +165,7 @@ class TrainStep:
         try:
             yield
         finally:
+            self.optimizer.module.zero_grad()  # what fails before `collect` must not be added to later
             set_rng_state(state, self.device)
             for tensor, old in zip(put_back, kept, strict=True):
                 tensor.copy_(old)

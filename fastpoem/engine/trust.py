@@ -33,6 +33,7 @@ from fastpoem.engine import checks
 from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.kernels import OURS, Kernels, choose_kernels
 from fastpoem.errors import InputError
+from fastpoem.paths import user_cache
 
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
 PATIENCE = 600.0  # seconds that a process of checks may take
@@ -180,13 +181,19 @@ def _one_process(
 
 
 def place() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastpoem" / "checked.json"
+    return user_cache() / "checked.json"
 
 
 def card(device: torch.device) -> str:
     """All that a verdict depends on, in a line."""
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
-    parts = [torch.cuda.get_device_name(device), f"sm {capability}", f"driver {driver()}", f"torch {torch.__version__}"]
+    properties = torch.cuda.get_device_properties(device)
+    parts = [
+        f"{properties.name} {getattr(properties, 'uuid', '')}",
+        f"sm {capability}",
+        f"driver {driver()}",
+        f"torch {torch.__version__}",
+    ]
     parts += [f"{name} {version(name) or 'none'}" for name in ("triton", "flash-attn")]
     return ", ".join([*parts, f"fastpoem {version('fastpoem') or '?'} {source_hash()}"])
 
@@ -232,18 +239,19 @@ def remembered(key: str) -> dict[str, Failures]:
 
 
 def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
-    """Keep what checks found, as well as the disk allows. What could not begin says nothing about the card."""
+    """Keep what checks found, as well as the disk allows: passes, and wrong numbers. What could not begin or end, ran out of memory or found
+    no compiler may be another's fault, and is tried again."""
     new = {
         name: failures(records)
         for name, records in found.items()
-        if not any(record.note.startswith(NOT_BEGUN) for record in records)
+        if all(record.ok or record.error is not None for record in records)
     }
     if not new:
         return
     everything = _read()
     everything[key] = {**remembered(key), **new}
-    path = place()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, InputError):
+        path = place()
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
@@ -258,6 +266,6 @@ def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
 def _read() -> dict[str, Any]:
     try:
         found = json.loads(place().read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, InputError):
         return {}
     return found if isinstance(found, dict) else {}

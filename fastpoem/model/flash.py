@@ -41,9 +41,11 @@ def plain_attention() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def find_varlen(device: torch.device, dtype: torch.dtype) -> tuple[Varlen | None, str]:
+def find_varlen(device: torch.device, dtype: torch.dtype, head_width: int) -> tuple[Varlen | None, str]:
     """(variable-length attention for packed batches, what that is in words)."""
     reason = why_not_flash(device, dtype)
+    if head_width % 8 or head_width > 256:  # scaled_dot_product_attention would pad them; this kernel does not
+        reason = reason or f"the flash kernel takes no heads {head_width} wide"
     if reason is not None:
         return None, f"poem by poem, padded: {reason}"
     # By the function: another package of the name has none.

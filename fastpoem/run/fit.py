@@ -104,7 +104,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     dtype, why = _choose_precision(config, device, computed, store, out)
-    varlen, about_attention = _choose_attention(config, device, dtype)
+    varlen, about_attention = _choose_attention(config, device, dtype, shape.n_embd // shape.n_head)
     trusted = decide(config, device, dtype, computed.vocab_size, voice.say)
     if not trusted.sdpa:
         plain_attention()
@@ -127,9 +127,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if narrowed is not None:
         beside["generation_config.json"] = narrowed.generation_config(special)
 
-    # Streams and graphs are made on the current device, whatever their tensors are on.
-    current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with current, folder.claim(out, fresh=not config.resume) as claim:
+    with folder.claim(out, fresh=not config.resume) as claim:
         identity = folder.identity(config, store, shape, dtype)
         table = None if ids is None else numbering(ids, store)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
@@ -216,7 +214,7 @@ def _choose_precision(
 
 
 def _choose_attention(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, head_width: int
 ) -> tuple[Varlen | None, str | None]:
     """(variable-length attention for packed batches, what to say about it). Raises InputError where --attention flash cannot be had."""
     if config.attention == "flash":
@@ -225,7 +223,7 @@ def _choose_attention(
         insist_on_flash()
     if config.batching != "pack" or config.attention == "sdpa":
         return None, None
-    varlen, what = find_varlen(device, dtype)
+    varlen, what = find_varlen(device, dtype, head_width)
     return varlen, f"attention inside packed batches: {what}" if device.type == "cuda" else None
 
 
