@@ -67,8 +67,10 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     from fastpoem.model.gpt2 import GPT2
 
     folder = resolve_folder(config.model)
-    shape, _ = hub.read_config(folder)
-    hub.load_weights(GPT2(shape), folder)  # transformers would make up what is missing, and not say so
+    shape, raw = hub.read_config(folder)
+    hub.refuse_too_large(shape, folder, 8, "to load")
+    ours = GPT2(shape)
+    hub.load_weights(ours, folder)
     if PoemTokenizer.load(folder).vocab_size > shape.vocab_size:
         raise InputError(
             folder, "its tokenizer has more ids than its embedding", "name the model folder of a finished run"
@@ -77,15 +79,17 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
-    from transformers import BertTokenizer, GPT2LMHeadModel
+    from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
+        # Given both, transformers reads neither config.json nor weights: it would make up what is missing, and follow what steers it.
+        plain = GPT2Config(**hub.saved_config(raw, shape, {}), attn_implementation="sdpa")
+        network = GPT2LMHeadModel.from_pretrained(None, config=plain, state_dict=ours.state_dict())
         with spelled(folder) as name:
-            network = GPT2LMHeadModel.from_pretrained(name, use_safetensors=(folder / "model.safetensors").exists())
             tokenizer = BertTokenizer.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(folder, f"cannot be loaded ({error})", "name the model folder of a finished run") from error
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     start = torch.tensor([[tokenizer.cls_token_id, *ids]], device=device)  # (1, T)

@@ -24,6 +24,7 @@ from fastpoem.corpus.manifest import sealed
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
+from fastpoem.generate import sample
 from fastpoem.model.hub import BUNDLED
 from tests.runs import settings, tiny_data, tiny_model
 
@@ -208,6 +209,12 @@ def inflated(model: Path):
         stream.truncate(1 << 31)  # takes no room
 
 
+def as_json(model: Path, change):
+    saved = json.loads(PoemTokenizer.load(model).library.to_str())
+    change(saved)
+    (model / "tokenizer.json").write_text(json.dumps(saved))
+
+
 class Harmful:
     def __reduce__(self):
         return (os.mkdir, ("/tmp/fastpoem-was-here",))
@@ -218,6 +225,15 @@ MODELS = {
     "config no JSON": (lambda model: (model / "config.json").write_text("{"), "config.json: unreadable"),
     "config too deep": (lambda model: (model / "config.json").write_text("[" * 100_000), "config.json: unreadable"),
     "another kind": (lambda model: change(model / "config.json", model_type="llama"), "describes 'llama', not a GPT-2"),
+    "a run": (lambda model: ((model / "model").mkdir(), (model / "config.json").replace(model / "model/config.json"), (model / "config.json").write_text("{}")), "is the folder of a run, its model is below; name "),
+    "quantized": (lambda model: change(model / "config.json", quantization_config={"quant_method": "bitsandbytes"}), "quantization_config is {'quant_method'"),
+    "one position": (lambda model: change(model / "config.json", n_positions=1), "n_positions is 1; give a number from 2"),
+    "an id without end": (lambda model: as_json(model, lambda saved: saved["model"]["vocab"].update({"春": 4_000_000_000})), "tokenizer.json: has the id 4000000000"),
+    "an id that is none": (lambda model: as_json(model, lambda saved: saved["model"]["vocab"].update({"春": -1})), "tokenizer.json: has the id -1"),
+    "an added id without end": (lambda model: as_json(model, lambda saved: saved["added_tokens"].append({"id": 1 << 24, "content": "[X]"})), "tokenizer.json: has the id 16777216"),
+    "a recorded id without end": (lambda model: change(model / "tokenizer_config.json", added_tokens_decoder={"4000000000": {"content": "[X]"}}), "tokenizer_config.json: has the id 4000000000"),
+    "an id of old without end": (lambda model: (model / "added_tokens.json").write_text('{"[X]": 4000000000}'), "added_tokens.json: has the id 4000000000"),
+    "a link to nothing": (lambda model: (model / "model.safetensors").rename(model / "gone") and (model / "model.safetensors").symlink_to("nothing"), "model.safetensors: cannot be read (No such file"),
     "no tokenizer": (lambda model: (model / "vocab.txt").unlink(), "holds no tokenizer"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "no weights (model.safetensors or pytorch_model.bin)"),
     "cut weights": (lambda model: cut(model / "model.safetensors"), "unreadable weights"),
@@ -274,6 +290,30 @@ def test_weights_of_a_bin(base, tmp_path, form):
         for source in (base / "run/model", model)
     ]
     assert runs[0].metrics[0]["loss"] == runs[1].metrics[0]["loss"]
+
+
+def test_poems_of_a_strangers_model(base, tmp_path):
+    """In shards, with a config.json that would have transformers fetch kernels and import code: the poems of the plain one; nor does
+    a model that is trained further pass such things on."""
+    pytest.importorskip("transformers")
+    model = a_copy(base / "run/model", tmp_path / "model")
+    poems = sample(model, "春", seed=1)
+    (model / "model.safetensors").rename(model / "model-1.safetensors")
+    names = dict.fromkeys(load_file(model / "model-1.safetensors"), "model-1.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    steering = {"attn_implementation": "owner/kernels", "_attn_implementation": "flash_attention_3"}
+    steering |= {"experts_implementation": "x", "_experts_implementation": "y", "auto_map": {"AutoModel": "a.b"}}
+    change(model / "config.json", **steering)
+    assert sample(model, "春", seed=1) == poems
+    changes = dict(out=str(tmp_path / "run"), from_scratch=False, max_steps=1) | {"model": str(model)}
+    fastpoem.fit(**settings(base) | changes)
+    kept = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert kept == json.loads((base / "run/model/config.json").read_text()) | {
+        name: 0.2 for name in kept if name.endswith("pdrop")
+    }
+    change(model / "config.json", n_layer=1000, n_embd=1 << 20)
+    with pytest.raises(InputError, match="GiB to load, this machine has"):
+        sample(model)
 
 
 NUMBERS = [name for name, _, _ in RANGES]

@@ -27,6 +27,7 @@ BERT_DEFAULTS = {
 }
 NAMED = ("bos_token", "eos_token", *BERT_DEFAULTS)  # in transformers' order, which gives new tokens their ids
 LARGEST_FILE = 1 << 28
+MOST_IDS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,10 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
     if side not in ("left", "right"):
         raise InputError(folder / "tokenizer_config.json", f"truncation_side is {side!r}", 'write "right" or "left"')
     try:
+        saved = _object(folder / "tokenizer.json")
+        _refuse_odd_ids(folder, config, saved)
         if kind in ("BertTokenizer", "BertTokenizerFast"):
-            library, names = _bert(folder, config, has_json)
+            library, names = _bert(folder, config, saved, has_json)
         elif has_json:
             library = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
             names, extra = _named(folder, config)
@@ -75,8 +78,24 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         raise InputError(folder, f"its tokenizer cannot be loaded ({error})", "fetch the model folder again") from None
 
 
-def _bert(folder: Path, config: dict[str, Any], has_json: bool) -> tuple[Tokenizer, dict[str, AddedToken | str]]:
-    saved = _object(folder / "tokenizer.json") if has_json else {}
+def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raises InputError: the library takes memory for the largest id, and ends the process where there is too little."""
+    vocab = saved["model"]["vocab"] if saved else {}
+    ids: dict[str, list[Any]] = {
+        "tokenizer.json": [token["id"] for token in saved.get("added_tokens") or []],
+        "tokenizer_config.json": [int(index) for index in config.get("added_tokens_decoder") or {}],
+        "added_tokens.json": list(_object(folder / "added_tokens.json").values()),
+    }
+    ids["tokenizer.json"] += vocab.values() if isinstance(vocab, dict) else []  # a list's places are its ids
+    for name, found in ids.items():
+        for index in found:
+            if type(index) is not int or not 0 <= index < MOST_IDS:
+                raise InputError(folder / name, f"has the id {index!r:.40}", "fetch the model folder again")
+
+
+def _bert(
+    folder: Path, config: dict[str, Any], saved: dict[str, Any], has_json: bool
+) -> tuple[Tokenizer, dict[str, AddedToken | str]]:
     if has_json:
         vocab = saved["model"]["vocab"]
     else:

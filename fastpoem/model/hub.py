@@ -29,6 +29,7 @@ BUNDLED = Path(__file__).parent.parent / "assets"  # the verses and the small mo
 WEIGHTS = "model.safetensors"
 MOST_LAYERS = 1024
 LARGEST_CONFIG = 1 << 20
+_KEPT = ("model_type", "tokenizer_class", "n_ctx", "task_specific_params")  # of config.json, beside the shape
 
 
 def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
@@ -40,12 +41,18 @@ def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(path, f"unreadable ({error})", "restore the file from where the model came from") from error
+    if isinstance(raw, dict) and "model_type" not in raw and (model := folder / "model" / "config.json").is_file():
+        raise InputError(folder, "is the folder of a run, its model is below", f"name {model.parent}")
     if not isinstance(raw, dict) or raw.get("model_type") != "gpt2":
         kind = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
         raise InputError(path, f"describes {kind!r}, not a GPT-2", "use a model whose model_type is gpt2")
-    for name, supported in (("add_cross_attention", False), ("tie_word_embeddings", True)):
+    for name, supported in (
+        ("add_cross_attention", False),
+        ("tie_word_embeddings", True),
+        ("quantization_config", None),
+    ):
         if raw.get(name, supported) != supported:
-            raise InputError(path, f"{name} is {raw[name]}", f"only {name}={supported} is supported")
+            raise InputError(path, f"{name} is {str(raw[name])[:60]}", f"only {name}={supported} is supported")
     kinds = {field.name: str(field.type) for field in dataclasses.fields(GPT2Config)}
     given = {name: raw[name] for name in kinds if raw.get(name) is not None}
     defaults = {
@@ -62,8 +69,9 @@ def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
         if not right or (kind != "bool" and isinstance(value, bool)):
             raise InputError(path, f"{name} is {value!r}", f"give it as {kind}")
         most = MOST_LAYERS if name == "n_layer" else 2**24
-        if kind == "int" and not 1 <= value <= most:
-            raise InputError(path, f"{name} is {value}", f"give a number from 1 to {most}")
+        least = 2 if name == "n_positions" else 1  # something to predict
+        if kind == "int" and not least <= value <= most:
+            raise InputError(path, f"{name} is {value}", f"give a number from {least} to {most}")
         if name.endswith("pdrop") and not 0 <= value < 1:
             raise InputError(path, f"{name} is {value}", "give a probability from 0 to below 1")
         if kind == "float" and not 0 <= value <= 1:  # NaN too
@@ -87,14 +95,25 @@ def count_parameters(shape: GPT2Config) -> int:
     return (shape.vocab_size + shape.n_positions) * wide + shape.n_layer * layer + 2 * wide
 
 
+def refuse_too_large(shape: GPT2Config, folder: Path, each: int, what: str) -> None:
+    """Raises InputError where this machine has less than `each` bytes of memory a parameter, `what` ("to train") says for what."""
+    parameters = count_parameters(shape)
+    needed, there = each * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if needed > there:
+        reason = f"a model of {parameters / 1e6:,.0f} M parameters takes {needed:,.0f} GiB {what}, this machine has {there:,.0f}"
+        raise InputError(folder / "config.json", reason, "use a smaller model")
+
+
 def load_weights(model: GPT2, folder: Path) -> None:
     """Copy a folder's weights into `model`. Raises InputError where they are missing, damaged or of another shape."""
     prefix, mend = "transformer.", "use the weights that belong to this config.json"
     shape = model.config
     most = 32 * count_parameters(shape) + 8 * shape.n_layer * shape.n_positions**2 + (1 << 20)  # with masks, in double
-    if (
-        size := sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
-    ) > most:
+    try:
+        size = sum(path.stat().st_size for path in folder.glob("*") if path.suffix in (".safetensors", ".bin"))
+    except OSError as error:  # a link to nothing
+        raise InputError(error.filename, f"cannot be read ({error.strerror})", "fetch the model folder again") from None
+    if size > most:
         raise InputError(folder, f"holds {size:,} bytes of weights, its model needs a fraction of them", mend)
     found = {
         name if name.startswith((prefix, "lm_head.")) else prefix + name: tensor
@@ -222,6 +241,10 @@ def partial(folder: Path) -> Path:
 
 
 def saved_config(raw: Mapping[str, Any], config: GPT2Config, special: Mapping[str, int]) -> dict[str, Any]:
-    """config.json of a trained model: as it came, with the dropout it was trained with and the tokenizer's own special ids."""
+    """config.json of a trained model: its shape as it came, with the dropout it was trained with and the tokenizer's own special ids.
+
+    What else a stranger's file holds stays behind: names in it make transformers fetch kernels and import code.
+    """
+    kept = {name: raw[name] for name in (*(field.name for field in dataclasses.fields(config)), *_KEPT) if name in raw}
     dropout = {name: getattr(config, name) for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop")}
-    return {**raw, **dropout, **special, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}
+    return {**kept, **dropout, **special, "architectures": ["GPT2LMHeadModel"], "dtype": "float32"}

@@ -88,7 +88,7 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
 @contextlib.contextmanager
 def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[[Path], None]]]:
     """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     device = choose_device(config.device)
     if device.type == "cpu":
@@ -96,6 +96,10 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard", "TensorBoard is not installed", "pip install 'fastpoem[curves]'")
     out = folder.choose(config)
+    if config.tensorboard and str(out).encode("utf-8", "replace").decode() != str(out):
+        raise InputError(
+            "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave --tensorboard out"
+        )
 
     given = take(config, voice)
     shape, tokenizer, store, order, ids = given.shape, given.tokenizer, given.store, given.order, given.ids
@@ -169,13 +173,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
 def _model(config: TrainConfig, shape: GPT2Config, varlen: Varlen | None, source: Path, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
-    parameters = hub.count_parameters(shape)
-    needed, there = 28 * parameters / 2**30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if (
-        needed > there
-    ):  # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
-        reason = f"a model of {parameters / 1e6:,.0f} M parameters takes {needed:,.0f} GiB to train, this machine has {there:,.0f}"
-        raise InputError(source / "config.json", reason, "use a smaller model")
+    # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
+    hub.refuse_too_large(shape, source, 28, "to train")
     model = GPT2(shape, varlen)
     if config.from_scratch:
         model.initialise(config.seed)
