@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -395,11 +396,15 @@ def test_what_could_not_begin_is_not_held_against_the_card(a_card):
 
 def test_a_verdict_depends_on_card_driver_versions_and_source(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    card = SimpleNamespace(name="NVIDIA H100", uuid="one")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(trust, "driver", lambda: "580.1")
     key = trust.card(CUDA)
     for part in ("NVIDIA H100", "9.0", "580.1", torch.__version__, trust.source_hash()):
         assert part in key
+    card.uuid = "another"
+    assert trust.card(CUDA) != key
+    card.uuid = "one"
     trust.source_hash.cache_clear()
     try:
         read = trust.Path.read_bytes
