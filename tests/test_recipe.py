@@ -25,7 +25,7 @@ def base(tmp_path_factory):
 def fast(base, out, **changes):
     """The settings that the recipe leaves open."""
     given = {name: value for name, value in settings(base).items() if name not in ("lr", "dropout")}
-    return given | dict(recipe="fast", out=str(out), epochs=5) | changes
+    return given | dict(recipe="fast", out=str(out), epochs=3) | changes
 
 
 def read(argv):
@@ -48,7 +48,7 @@ def test_what_it_sets_and_that_a_flag_wins():
 
 def test_the_rate_rises_to_that_of_the_width_and_falls_to_zero(base, tmp_path, capsys):
     run = fastpoem.fit(**fast(base, tmp_path / "run"))
-    peak, last, warmup = RATE_BY_WIDTH / 16, 5 * 14, 3  # the model is 16 wide; a twentieth of the steps
+    peak, last, warmup = RATE_BY_WIDTH / 16, 3 * 14, 2  # the model is 16 wide; a twentieth of the steps
     found = [row["lr"] for row in rows(run.folder) if "event" not in row]
     expected = [peak * (step + 1) / (warmup + 1) for step in range(warmup)]
     fall = last - warmup

@@ -13,6 +13,8 @@ from transformers import GPT2LMHeadModel
 
 import fastpoem
 from fastpoem.config import from_kwargs
+from fastpoem.corpus.feed import Feed
+from fastpoem.corpus.plan import Step
 from fastpoem.corpus.store import TokenStore, prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.corpus.vocabulary import ROUND, kept_ids, numbering
@@ -70,6 +72,21 @@ def test_ids_kept_are_those_that_occur_rounded_up(store):
     assert (everything == np.arange(store.vocab_size)).all()  # there is nothing more to round up with
     with_room, _ = kept_ids(store, SPECIAL, store.vocab_size + 1000)  # an embedding larger than the tokenizer
     assert (numbering(with_room, store)[ids] == table[ids]).all()
+
+
+@pytest.mark.parametrize("batching", ["bucket", "pad", "pack"])
+def test_sent_or_resident_the_poems_are_the_same(store, batching):
+    """A GPU keeps the whole corpus; elsewhere a step's ids are sent."""
+    ids, _ = kept_ids(store, SPECIAL, store.vocab_size)
+    sent, resident = (Feed(store, batching, table=numbering(ids, store)) for _ in range(2))
+    corpus = resident.corpus()
+    where, index = store.locate(np.arange(store.rows))
+    step = Step(store.buckets[-1].length, where, index)
+    for one, source in ((sent(step), None), (resident(step), corpus)):
+        source = one.source if source is None else source
+        assert source is not None
+        for row, (start, length) in enumerate(one.where.tolist()):
+            assert (ids[source[start : start + length].numpy()] == store[row]).all()
 
 
 @pytest.mark.parametrize("changes", BATCHINGS, ids=repr)
