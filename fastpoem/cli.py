@@ -93,7 +93,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if not told:
             raise
         print(f"fastpoem: stopped by {signal.Signals(told[0]).name}", file=sys.stderr)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):  # None where it was closed
             sys.stdout.flush()
         os._exit(128 + told[0])  # libraries that are half imported do not survive an orderly end
     sys.exit(code or 0)

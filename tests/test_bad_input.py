@@ -1,5 +1,6 @@
 """Bad input: one line that names the thing, the reason and the mend, within seconds, and nothing half-made."""
 
+import errno
 import gzip
 import io
 import json
@@ -435,6 +436,66 @@ def test_folders_that_cannot_be(base, tmp_path):
     with pytest.raises(InputError, match="run/checkpoints: is a file, where a folder is needed"):
         fastpoem.fit(**settings(base, out=str(tmp_path / "run")))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/etc/hostname"), lambda path: path.symlink_to("none")],
+                         ids=["fifo", "link", "dangling"])  # fmt: skip
+@pytest.mark.parametrize("resume", [False, True])
+def test_rows_that_are_no_file(base, tmp_path, make, resume):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: is no file of this folder"):
+        fastpoem.fit(**settings(base, out=str(tmp_path), resume=resume))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_checkpoints_on_another_disk(base, tmp_path):
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second disk")
+    (tmp_path / "checkpoints").symlink_to(memory)
+    with pytest.raises(InputError, match="checkpoints: is on another disk; put the whole run there with --out"):
+        fastpoem.fit(**settings(base, out=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("processes, refuses", [("", False), ("1", False), ("2", True), ("many", True)])
+def test_several_processes(base, tmp_path, monkeypatch, processes, refuses):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    if refuses:
+        assert "several devices is not supported yet" in refused(base, tmp_path / "run")
+    else:
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
+
+
+def test_curves_into_a_folder_that_is_not_utf8(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: "there")
+    out = tmp_path / os.fsdecode(b"\xff run")
+    assert "is not UTF-8, which TensorBoard needs" in refused(base, out, tensorboard=True)
+
+
+@pytest.mark.parametrize("name", ["p" * 216 + ".txt", "诗" * 72 + ".txt"])
+def test_a_long_name_of_the_text(base, tmp_path, name):
+    (tmp_path / name).write_bytes((base / "poems.txt").read_bytes())
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1) | dict(data=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("refuses", ["begin", "write_config"])
+def test_a_disk_that_is_full_at_the_start(base, tmp_path, monkeypatch, refuses):
+    """The folder that was made for it is gone; one that the user made stays."""
+    from fastpoem.run import folder
+    from fastpoem.run.loop import Loop
+
+    real = Loop.begin
+
+    def full(*arguments):
+        if refuses == "begin":
+            real(*arguments)
+        else:
+            (tmp_path / "run/.config.json.partial").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*((Loop, "begin") if refuses == "begin" else (folder, "write_config")), full)
+    assert "No space left on device" in refused(base, tmp_path / "run")
 
 
 def test_a_read_only_folder(base, tmp_path, monkeypatch):

@@ -279,7 +279,7 @@ def test_another_pipeline_goes_to_the_library_whole(tmp_path: Path) -> None:
         ({"vocab.txt": ""}, "has no [UNK]"),
         ({"vocab.txt": "[PAD]\n[CLS]\n[SEP]\n春\n"}, "has no [UNK]"),
         ({"vocab.txt": b"\xff\xfe\x00"}, "cannot be loaded"),
-        ({"tokenizer.json": "{"}, "cannot be loaded"),
+        ({"tokenizer.json": "{"}, "is not JSON"),
         ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "{"}, "is not JSON"),
         ({"tokenizer.json": "{}", "tokenizer_config.json": '{"tokenizer_class": "BertTokenizer"}'}, "cannot be loaded"),
         ({"tokenizer.json": "{}"}, "cannot be loaded"),

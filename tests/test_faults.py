@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,7 +26,7 @@ from fastpoem.model import hub
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import checkpoint
 from fastpoem.run.fit import assembled
-from fastpoem.run.folder import Taken
+from fastpoem.run.folder import Claim, Taken
 from fastpoem.run.metrics import Voice
 from fastpoem.run.signals import StopRequest
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
@@ -348,7 +349,7 @@ def test_a_limit_of_the_kernel(base, server, untouched, tmp_path):
     out = tmp_path / "run"
     size = (untouched(**SHORT) / "model/model.safetensors").stat().st_size
     assert server.run(settings(base, out=str(out), **SHORT), {"no_larger_than": size + 100}) == 1
-    assert "no checkpoint was ever written" in server.said()
+    assert "no checkpoint was ever written: make room and start again" in server.said()
     assert not (out / "checkpoints").exists() or not list((out / "checkpoints").iterdir())
     same = (out / "model/model.safetensors").read_bytes() == (
         untouched(**SHORT) / "model/model.safetensors"
@@ -511,6 +512,35 @@ def test_a_folder_that_is_another_runs_by_now(base, server, untouched, tmp_path,
         assert pid and server.wait() == 0, server.said()
     assert_same(untouched(**SHORT), out)
     assert_tidy(out)
+
+
+def test_a_full_disk_does_not_make_a_run_its_own_thief(tmp_path, monkeypatch):
+    """The folder vanishes, and comes again where not a byte can be written, or where for a while nothing can."""
+    held = Claim(tmp_path / "run")
+    before = (tmp_path / "run/.lock").read_text()
+    refuse = lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    for what in ("os.write", "fastpoem.disk.make_folder"):
+        shutil.rmtree(tmp_path / "run")
+        with monkeypatch.context() as full:
+            full.setattr(what, refuse)
+            if what == "os.write":
+                held.hold()
+            else:
+                with pytest.raises(OSError, match="No space left"):
+                    held.hold()
+        held.hold()
+        with pytest.raises(InputError, match="another run is writing there"):
+            Claim(tmp_path / "run")
+    assert (tmp_path / "run/.lock").read_text() == before == f"{os.getpid()}\n"
+    held.close()
+
+
+def test_a_signal_before_training_with_stdout_closed(tmp_path):
+    """As of `>&-`, where Python has no sys.stdout."""
+    script = "import os, signal; from fastpoem.cli import run_command; run_command(lambda: os.kill(os.getpid(), signal.SIGTERM))"
+    line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)} >&-"
+    done = subprocess.run(["sh", "-c", line], env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGTERM, "fastpoem: stopped by SIGTERM\n")
 
 
 def test_the_command_that_lost_its_folder_says_it_in_a_line(base, server, tmp_path):

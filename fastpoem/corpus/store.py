@@ -180,7 +180,7 @@ def cached_store(
     check_settings(max_length, buckets)
     digest = source_digest(source)["sha256"]
     key = repr((VERSION, digest, tokenizer.fingerprint, max_length, buckets, convert)).encode()
-    name = f"{source.name.split('.')[0] or 'text'}-{hashlib.sha256(key).hexdigest()[:16]}"
+    name = f"{source.name.split('.')[0][:40] or 'text'}-{hashlib.sha256(key).hexdigest()[:16]}"
     folders = [Path(cache_dir)] if cache_dir is not None else _cache_folders(source)
     for folder in folders:
         if is_store(folder / name):

@@ -53,13 +53,17 @@ def choose(config: TrainConfig) -> Path:
     try:
         if out.exists() and not out.is_dir():
             raise InputError(out, "is a file", "name a folder with --out")
+        if (rows := out / "metrics.jsonl").is_symlink() or (rows.exists() and not rows.is_file()):
+            raise InputError(rows, "is no file of this folder", ANOTHER)
         if not config.resume:
             refuse_a_run(out)
         foreign = [name for name in ("config.json", "model", "manifest.json") if (out / name).exists()]
         if foreign and not (out / "metrics.jsonl").exists() and not checkpoint.listed(out):
             raise InputError(out, f"holds {foreign[0]} but no run, and would be written over", ANOTHER)
-        if (out / checkpoint.FOLDER).exists() and not (out / checkpoint.FOLDER).is_dir():
-            raise InputError(out / checkpoint.FOLDER, "is a file, where a folder is needed", ANOTHER)
+        if (kept := out / checkpoint.FOLDER).exists() and not kept.is_dir():
+            raise InputError(kept, "is a file, where a folder is needed", ANOTHER)
+        if kept.exists() and kept.stat().st_dev != out.stat().st_dev:  # a checkpoint is renamed into it
+            raise InputError(kept, "is on another disk", "put the whole run there with --out")
         above = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
     except OSError as error:  # too long, a parent that may not be searched
         raise InputError(out, f"cannot be a folder ({error.strerror})", ANOTHER) from None
@@ -101,10 +105,10 @@ class Claim:
         path = self.out / ".lock"
         with self._one_at_a_time:
             if not path.exists():
-                self._lock.close()
                 with contextlib.suppress(InputError):  # another process was quicker, and will be found below
-                    self._lock = self._take()
-            if self._lock.closed or not os.path.samestat(os.fstat(self._lock.fileno()), path.stat()):
+                    gone, self._lock = self._lock, self._take()
+                    gone.close()
+            if not os.path.samestat(os.fstat(self._lock.fileno()), path.stat()):
                 raise Taken(
                     f"{self.out} was removed while this run was writing there, and another run has it now: nothing of this run was "
                     "written into it. Start again with another --out"
@@ -127,29 +131,32 @@ class Claim:
             lock.close()
             reason = "another run is writing there" + (f" (process {by})" if by.isdecimal() else "")
             raise InputError(self.out, reason, f"wait for it, or {ANOTHER}") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
+        with contextlib.suppress(OSError):  # the lock is what counts, the number a courtesy that a full disk may refuse
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
         return lock
 
 
 @contextlib.contextmanager
 def claim(out: Path, *, fresh: bool) -> Iterator[Claim]:
     """Hold the run's folder for this process, clean of what a killed one left half-done. Raises InputError."""
+    left = {".lock"} if out.exists() else {".lock", "metrics.jsonl", ".config.json.partial"}
     with refused_by_the_disk(out):
         held = Claim(out)
     with contextlib.closing(held):
-        with refused_by_the_disk(out):
-            if fresh:
-                refuse_a_run(out)  # one that began and ended since `choose` looked
-            checkpoint.clean(out)
-            disk.recover(hub.partial(out / "model"), out / "model")
         try:
+            with refused_by_the_disk(out):
+                if fresh:
+                    refuse_a_run(out)  # one that began and ended since `choose` looked
+                checkpoint.clean(out)
+                disk.recover(hub.partial(out / "model"), out / "model")
             yield held
-        except InputError:  # before anything was written: as if the command had not been given
+        except InputError:  # before a step was done: as if the command had not been given
             with contextlib.suppress(OSError):
-                if [path.name for path in out.iterdir()] == [".lock"]:
-                    (out / ".lock").unlink()
+                found = {path.name: path for path in out.iterdir()}
+                if found.keys() <= left and not ("metrics.jsonl" in found and found["metrics.jsonl"].stat().st_size):
+                    for path in found.values():
+                        path.unlink()
                     out.rmdir()
             raise
 

@@ -286,7 +286,8 @@ class Loop:
             newest = f"the newest checkpoint is {saved}" if saved else "no checkpoint was ever written"
             if not self.saver.by_the_disk:
                 raise Diverged(f"{self.saver.error}; {newest}; start again with a lower --lr")
-            raise NotSaved(f"{self.saver.error}; {newest}: make room and go on from there with --resume")
+            mend = "go on from there with --resume" if saved else "start again"
+            raise NotSaved(f"{self.saver.error}; {newest}: make room and {mend}")
         if self.metrics.error is not None:
             raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
 
