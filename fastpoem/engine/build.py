@@ -51,7 +51,7 @@ def build_step(
             for shape in one_of_each_form(shapes):
                 with step.rehearsal(shape):
                     step.work(shape)
-        except RuntimeError as error:
+        except Exception as error:
             if config.compile == "on":
                 raise
             reason = str(error).strip().splitlines()[0]

@@ -28,16 +28,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         keep_freed_memory()
     dtype, why = choose_dtype("auto", device, checks.REAL, 1030)
     compiler = why_not_compile(device)
-    say("measuring memory and matrix units")
-    about, free = machine.describe(device), machine.memory(device)
-    peak = machine.peak(about["name"]) if gpu else None
-    rates = {
-        **machine.rates(device),
-        "peak_memory_gb_s": peak and 1e3 * peak.memory,
-        "peak_bf16_tflop_s": peak and peak.bf16,
-        "peak_fp32_tflop_s": peak and peak.fp32,
-    }
-
+    # First, while this process holds nothing on the card.
     names, skipped = _checks(device, dtype, compiler, quick)
     found: dict[str, list[Record]] = {}
     if gpu and os.environ.get("FASTPOEM_ASSUME_CHECKED") == "1":
@@ -53,6 +44,16 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         if gpu:
             trust.remember(trust.card(device), found)
     records = [record for some in found.values() for record in some]
+
+    say("measuring memory and matrix units")
+    about, free = machine.describe(device), machine.memory(device)
+    peak = machine.peak(about["name"]) if gpu else None
+    rates = {
+        **machine.rates(device),
+        "peak_memory_gb_s": peak and 1e3 * peak.memory,
+        "peak_bf16_tflop_s": peak and peak.bf16,
+        "peak_fp32_tflop_s": peak and peak.fp32,
+    }
 
     lines: list[str] = []
     failed = {name: trust.failures(some) for name, some in found.items()}
@@ -137,7 +138,7 @@ def _checks(
 def _tried(run: Callable[[], Any], form: str) -> Any:
     try:
         return run()
-    except (RuntimeError, ValueError) as error:  # out of memory, a compiler that gives up: said, and the rest goes on
+    except Exception as error:  # out of memory, a compiler that gives up: said, and the rest goes on
         return trial.Trial(form, note=f"{type(error).__name__}: {(str(error).strip() or 'no reason').splitlines()[0]}")
 
 

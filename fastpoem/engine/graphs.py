@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ class Graphs:
 
     def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
         self.step, self.say = step, say
-        self.recorded: dict[Shape, torch.cuda.CUDAGraph | None] = {}
-        self.broken = False
-        self.bytes = 0  # of device memory that the graphs hold
+        self.recorded: dict[Shape, Callable[[], None]] = {}
+        self.broken = False  # a recording failed: no other is tried, and a shape without one is run plainly
+        self.bytes = 0  # of the device's free memory that recording took
         on_cuda = step.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
         # One for all: cuBLAS keeps 64 MiB of workspace for every stream it has seen.
@@ -36,25 +37,21 @@ class Graphs:
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
         for shape in sorted(shapes, key=lambda shape: (shape.packed, shape.longest), reverse=True):
-            if not self.broken:
-                self._record(shape)
+            self._record(shape)
 
     def __call__(self, shape: Shape) -> None:
-        if shape not in self.recorded and not self.broken:
+        if shape not in self.recorded:
             self._record(shape)
-        if self.broken:
+        run = self.recorded.get(shape)
+        if run is None:
             self.step.work(shape)
-            return
-        graph = self.recorded[shape]
-        if graph is not None:
-            graph.replay()
         else:
-            self.step.work(shape)
-            self._spoil()
+            run()
 
     def _record(self, shape: Shape) -> None:
         if self._pool is None:
-            self.recorded[shape] = None
+            self.recorded[shape] = partial(self._again, shape)
+        if self._pool is None or self.broken:
             return
         begin, step = time.perf_counter(), self.step
         device = step.device
@@ -71,22 +68,22 @@ class Graphs:
                 # thread_local: a checkpoint may be on its way to the disk in another thread
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                     step.work(shape)
-        except RuntimeError as error:
+        except Exception as error:  # what is wrong with the step itself will be raised by the plain one
             self.broken = True
-            self.recorded.clear()
             first: BaseException = error  # the last one only says that there was another
             while first.__context__ is not None:
                 first = first.__context__
             reason = str(first).strip().splitlines()[0]
             self.say(f"the step could not be recorded as a CUDA graph ({reason}): its kernels are launched one by one")
-            return
-        self.recorded[shape] = graph
-        self.bytes += free - torch.cuda.mem_get_info(device)[0]
+        else:
+            self.recorded[shape] = graph.replay
+            self.bytes += free - torch.cuda.mem_get_info(device)[0]
         step.setup_seconds += time.perf_counter() - begin
 
-    def _spoil(self) -> None:
-        """What a step may not rely on another to have left."""
+    def _again(self, shape: Shape) -> None:
+        """Run the step, then spoil what another may not rely on it to have left."""
         step = self.step
+        step.work(shape)
         step.message.fill_(-1)
         step.source.fill_(-1)  # tests on a CPU have no resident corpus
         for _, gradient in step.optimizer.named(step.optimizer.grad):

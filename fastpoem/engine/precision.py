@@ -67,7 +67,7 @@ def _measured(shape: GPT2Config, tokens: int) -> tuple[torch.dtype, str]:
     wide, inner = shape.n_embd, shape.n_inner or 4 * shape.n_embd
     weights = shape.n_layer * (4 * wide**2 + 2 * wide * inner) + shape.vocab_size * wide
     if 6 * weights * tokens < WORTH:
-        return torch.float32, "too small a step for another to pay"
+        return torch.float32, "too small a step for bf16 to pay"
     ratios = _probe(min(tokens, 128), min(wide, 1024), min(inner, 4096))
     faster = statistics.median(ratios) >= MARGIN and min(ratios) >= 1
     said = f"measured: bf16 multiplies at {statistics.median(ratios):.2f} times fp32's speed here"

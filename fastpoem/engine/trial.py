@@ -8,6 +8,7 @@ near enough to linear in its tokens that ten such steps stand for an epoch of ba
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -87,7 +88,7 @@ def train(
         for rows in batches:
             step(rows, 1e-4)
 
-    took = _fastest(device, run, rounds) / len(batches)
+    took = _median(device, run, rounds) / len(batches)
     totals, peak = step.totals(), _peak_memory(device)
     note = f"{totals.skipped} steps were not finite" if totals.skipped else ""
     return _trial(form, took, setup, peak, note)
@@ -128,7 +129,7 @@ def notebook(
         for ids in batches:
             learn(ids)
 
-    took = _fastest(device, run, rounds) / len(batches)
+    took = _median(device, run, rounds) / len(batches)
     peak = _peak_memory(device)
     return _trial(form, took, setup, peak)
 
@@ -144,8 +145,8 @@ def _batch(length: int, vocabulary: int) -> Rows:
     return Rows(ids, where, Shape(BATCH, length), BATCH * (length - 1))
 
 
-def _fastest(device: torch.device, run: Any, rounds: int) -> float:
-    """Seconds of the fastest of `rounds`."""
+def _median(device: torch.device, run: Any, rounds: int) -> float:
+    """Seconds of a round, the median of `rounds`."""
     times = []
     for _ in range(rounds):
         machine.wait(device)
@@ -153,7 +154,7 @@ def _fastest(device: torch.device, run: Any, rounds: int) -> float:
         run()
         machine.wait(device)
         times.append(time.perf_counter() - begin)
-    return max(min(times), 1e-9)
+    return max(statistics.median(times), 1e-9)
 
 
 def _peak_memory(device: torch.device, reset: bool = False) -> int | None:

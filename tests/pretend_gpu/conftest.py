@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from pretend import Log, Tape, environment, parse
-from runs import tiny_data, tiny_model
 
 from fastpoem.model.hub import BUNDLED
+from tests.runs import tiny_data, tiny_model
 
 ROOT = Path(__file__).parents[2]
 TRAIN = "fastpoem.train"
