@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastpoem.model import ops
+from fastpoem.model import fused, ops
 from fastpoem.model.attention import Packing, Varlen, causal_attention
 
 ACTIVATIONS = {
@@ -73,8 +73,13 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
+    @property
+    def now(self) -> float:
+        """The probability: 0 in evaluation."""
+        return self.p if self.training else 0.0
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.training and self.p > 0 and x.is_cpu and not torch.compiler.is_compiling():
+        if self.now > 0 and x.is_cpu and not torch.compiler.is_compiling():
             return ops.DropAdd.apply(x, residual, self.p)
         x = F.dropout(x, self.p, self.training)
         return x if residual is None else residual + x
@@ -87,13 +92,18 @@ class Attention(nn.Module):
         self.c_attn = Affine(config.n_embd, 3 * config.n_embd)
         self.c_proj = Affine(config.n_embd, config.n_embd)
         self.heads, self.dropout = config.n_head, config.attn_pdrop
+        self.resid_dropout = Dropout(config.resid_pdrop)
         self.scale = (config.n_embd // config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
+    def forward(self, x: Tensor, residual: Tensor, packing: Packing | None) -> Tensor:
+        """x, residual (B, T, D) -> residual + dropout(attention(x)) (B, T, D)"""
         dropout = self.dropout if self.training else 0.0
-        return self.c_proj(causal_attention(self.c_attn(x), self.heads, self.scale, dropout, packing, self.varlen))
+        x = causal_attention(self.c_attn(x), self.heads, self.scale, dropout, packing, self.varlen)
+        if fused.usable(x, self.c_proj.weight):
+            return fused.Project.apply(x, self.c_proj.weight, self.c_proj.bias, residual, self.resid_dropout.now)
+        return self.resid_dropout(self.c_proj(x), residual)
 
 
 class MLP(nn.Module):
@@ -103,9 +113,14 @@ class MLP(nn.Module):
         self.c_fc = Affine(config.n_embd, inner)
         self.c_proj = Affine(inner, config.n_embd)
         self.approximate = ACTIVATIONS[config.activation_function]
+        self.resid_dropout = Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
-        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """x, residual (B, T, D) -> residual + dropout(proj(gelu(fc(x)))) (B, T, D)"""
+        fc, proj, dropout = self.c_fc, self.c_proj, self.resid_dropout
+        if self.approximate == "tanh" and fused.usable(x, fc.weight):
+            return fused.FeedForward.apply(x, fc.weight, fc.bias, proj.weight, proj.bias, residual, dropout.now)
+        return dropout(proj(F.gelu(fc(x), approximate=self.approximate)), residual)
 
 
 class Block(nn.Module):
@@ -115,11 +130,10 @@ class Block(nn.Module):
         self.attn = Attention(config, layer, varlen)
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.dropout = Dropout(config.resid_pdrop)
 
     def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = self.dropout(self.attn(self.ln_1(x), packing), x)
-        return self.dropout(self.mlp(self.ln_2(x)), x)
+        x = self.attn(self.ln_1(x), x, packing)
+        return self.mlp(self.ln_2(x), x)
 
 
 class Transformer(nn.Module):

@@ -1,4 +1,4 @@
-"""Cross-entropy on the CPU: few passes over the logits, in their own memory, in plain vectorised PyTorch.
+"""Cross-entropy on the CPU: few passes over the logits, in their own memory: native.c's for float32, else in plain vectorised PyTorch.
 
 `F.cross_entropy`, `argmax` and backward allocate three tensors of the logits' size, much of their time page faults, and `argmax`
 does not vectorise: a single maximum is ten times faster, and only rows whose target reaches it need a second look. Float32
@@ -10,6 +10,8 @@ and where other processes want the cores a hundred barriers cost seconds. So: fe
 
 import torch
 from torch import Tensor
+
+from fastpoem_kernels import native
 
 SLICE = 24 << 20  # bytes of float32 logits copied at a time; the C allocator keeps what is below 32 MiB between calls
 
@@ -29,6 +31,32 @@ def cross_entropy(
         raise IndexError(f"a target lies outside the vocabulary of {vocabulary}")
     valid = rows - ignored.sum()
     weight = valid.clamp(min=1).reciprocal()  # float32
+    if native.usable(logits):
+        losses, hits = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.bool)
+        native.run(
+            "cross_entropy",
+            logits,
+            target.contiguous(),
+            losses,
+            hits,
+            rows,
+            vocabulary,
+            ignore_index,
+            weight,
+            overwrite,
+        )
+    else:
+        losses, hits = _in_pytorch(logits, index, weight, overwrite)
+        if overwrite:
+            logits.index_fill_(0, ignored.nonzero().flatten(), 0)  # a fill, not a product: NaN times 0 is NaN
+    loss = losses.masked_fill_(ignored, 0).sum(dtype=torch.float64) * weight.double()
+    counts = ~ignored if accuracy_ignore_index is None else ~ignored & (target != accuracy_ignore_index)
+    return loss.float(), (hits & counts).sum(), valid, counts.sum()
+
+
+def _in_pytorch(logits: Tensor, index: Tensor, weight: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Each row's loss (N,) float32, and whether its first largest logit is the one at `index` (N,) bool."""
+    rows, vocabulary = logits.shape
     losses = torch.zeros(rows, dtype=torch.float32)
     hits, columns = [False] * rows, index.tolist()
     in_place = overwrite and logits.dtype == torch.float32 and logits.is_contiguous()
@@ -50,8 +78,4 @@ def cross_entropy(
             work.mul_(weight / total).scatter_add_(1, wanted, -weight.expand_as(wanted))
             if work is not part:
                 part.copy_(work)
-    if overwrite:
-        logits.index_fill_(0, ignored.nonzero().flatten(), 0)  # a fill, not a product: NaN times 0 is NaN
-    loss = losses.masked_fill_(ignored, 0).sum(dtype=torch.float64) * weight.double()
-    counts = ~ignored if accuracy_ignore_index is None else ~ignored & (target != accuracy_ignore_index)
-    return loss.float(), (torch.tensor(hits, dtype=torch.bool) & counts).sum(), valid, counts.sum()
+    return losses, torch.tensor(hits, dtype=torch.bool)

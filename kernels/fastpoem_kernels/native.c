@@ -1,0 +1,231 @@
+/* The passes over memory between a step's matrix products on a CPU, each one pass: what PyTorch makes of them reads and writes every
+   tensor several times, and spends more on tanh than on memory.
+
+   All tensors are float32, rows contiguous. Random bits are a hash of a seed and an element's number, so that a backward pass makes the mask
+   again instead of reading it, and any number of threads makes the same one. Sums over rows are taken in double, in the order of rows.
+   Compiled for the processor it runs on by fastpoem_kernels.native; there is nothing of PyTorch in it. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t size;
+
+/* e^x for x <= 88, to 1e-7 of itself: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf). 0 below -87.3, so that nothing here
+   computes with denormal numbers, which processors do a hundred times slower. NaN stays NaN. */
+static inline float exponential(float x) {
+    float y = x < -87.3f ? -87.3f : x;
+    float n = rintf(y * 1.44269504f);
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < -87.3f ? 0.0f : p * power;
+}
+
+/* 1 / (1 + e^-2u) of GELU's tanh form: x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks & Gimpel, 2016). */
+#define SLOPE 1.5957691216f /* 2 sqrt(2 / pi) */
+#define CUBE 0.0713548163f  /* SLOPE * 0.044715 */
+static inline float gate(float x) {
+    float u = -x * (SLOPE + CUBE * x * x);
+    return u > 80.0f ? 0.0f : 1.0f / (1.0f + exponential(u > 80.0f ? 80.0f : u));
+}
+
+/* Two rounds of a 32-bit mixer (Wellons' lowbias32), the seed's halves entering before each. */
+static inline uint32_t mixed(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+static inline float kept(uint64_t seed, uint32_t element, size dropped, float scale) {
+    return mixed(mixed(element + (uint32_t)seed) ^ (uint32_t)(seed >> 32)) >= (uint32_t)dropped ? scale : 0.0f;
+}
+/* Dropped with probability dropped / 2^32, the rest scaled so that the expectation is exact. */
+static float scale_of(size dropped) { return (float)(4294967296.0 / (4294967296.0 - dropped)); }
+
+/* h (N, W) += bias (W,); y = gelu(h) */
+void bias_gelu(float *restrict h, const float *restrict bias, float *restrict y, size rows, size width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < rows; i++) {
+        float *restrict a = h + i * width, *restrict b = y + i * width;
+#pragma omp simd
+        for (size j = 0; j < width; j++) {
+            float x = a[j] + bias[j];
+            a[j] = x;
+            b[j] = x * gate(x);
+        }
+    }
+}
+
+/* dy (N, W) becomes dh; dbias (W,) its sum over rows. A thread has columns of its own, so the sums need no second stage. */
+void gelu_backward(const float *restrict h, float *restrict dy, float *restrict dbias, size rows, size width, int threads) {
+    size stripe = (width + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size from = 0; from < width; from += stripe) {
+        size n = width - from < stripe ? width - from : stripe;
+        double sum[n];
+        memset(sum, 0, sizeof sum);
+        for (size i = 0; i < rows; i++) {
+            const float *restrict a = h + i * width + from;
+            float *restrict d = dy + i * width + from;
+#pragma omp simd
+            for (size j = 0; j < n; j++) {
+                float x = a[j], s = gate(x);
+                float g = d[j] * (s + x * s * (1.0f - s) * (SLOPE + 3.0f * CUBE * x * x));
+                d[j] = g;
+                sum[j] += g;
+            }
+        }
+        for (size j = 0; j < n; j++) dbias[from + j] = (float)sum[j];
+    }
+}
+
+/* x (N, W) becomes residual + kept * (x + bias) */
+void drop_add(float *restrict x, const float *restrict bias, const float *restrict residual, size rows, size width, const size *seed,
+              size dropped, int threads) {
+    uint64_t bits = *seed;
+    float scale = scale_of(dropped);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < rows; i++) {
+        float *restrict a = x + i * width;
+        const float *restrict r = residual + i * width;
+        uint32_t first = (uint32_t)(i * width);
+#pragma omp simd
+        for (size j = 0; j < width; j++) a[j] = r[j] + (a[j] + bias[j]) * kept(bits, first + (uint32_t)j, dropped, scale);
+    }
+}
+
+/* dx (N, W) = kept * dy; dbias (W,) its sum over rows */
+void drop_add_backward(const float *restrict dy, float *restrict dx, float *restrict dbias, size rows, size width, const size *seed,
+                       size dropped, int threads) {
+    uint64_t bits = *seed;
+    float scale = scale_of(dropped);
+    size stripe = (width + threads - 1) / threads;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size from = 0; from < width; from += stripe) {
+        size n = width - from < stripe ? width - from : stripe;
+        double sum[n];
+        memset(sum, 0, sizeof sum);
+        for (size i = 0; i < rows; i++) {
+            const float *restrict a = dy + i * width + from;
+            float *restrict d = dx + i * width + from;
+            uint32_t first = (uint32_t)(i * width + from);
+#pragma omp simd
+            for (size j = 0; j < n; j++) {
+                float g = a[j] * kept(bits, first + (uint32_t)j, dropped, scale);
+                d[j] = g;
+                sum[j] += g;
+            }
+        }
+        for (size j = 0; j < n; j++) dbias[from + j] = (float)sum[j];
+    }
+}
+
+/* weights (H, T, T), products q k^T, become softmax(scale * weights) over what is not in the future, 0 elsewhere; left = kept * weights */
+void causal_softmax(float *restrict weights, float *restrict left, size heads, size length, float scale, const size *seed,
+                    size dropped, int threads) {
+    uint64_t bits = *seed;
+    float keep = scale_of(dropped);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < heads * length; i++) {
+        float *restrict a = weights + i * length, *restrict b = left + i * length;
+        size n = i % length + 1;
+        uint32_t first = (uint32_t)(i * length);
+        float most = -INFINITY, total = 0.0f;
+#pragma omp simd reduction(max : most)
+        for (size j = 0; j < n; j++) most = a[j] > most ? a[j] : most;
+#pragma omp simd reduction(+ : total)
+        for (size j = 0; j < n; j++) {
+            float e = exponential(scale * (a[j] - most));
+            a[j] = e;
+            total += e;
+        }
+        float share = 1.0f / total;
+#pragma omp simd
+        for (size j = 0; j < n; j++) {
+            float w = a[j] * share;
+            a[j] = w;
+            b[j] = w * kept(bits, first + (uint32_t)j, dropped, keep);
+        }
+        memset(a + n, 0, (length - n) * sizeof *a);
+        memset(b + n, 0, (length - n) * sizeof *b);
+    }
+}
+
+/* d (H, T, T), the gradient of left, becomes that of q k^T: scale * (d * left - weights * sum(d * left)) */
+void causal_softmax_backward(const float *restrict weights, const float *restrict left, float *restrict d, size heads, size length,
+                             float scale, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < heads * length; i++) {
+        const float *restrict a = weights + i * length, *restrict b = left + i * length;
+        float *restrict g = d + i * length;
+        size n = i % length + 1;
+        float total = 0.0f;
+#pragma omp simd reduction(+ : total)
+        for (size j = 0; j < n; j++) {
+            g[j] *= b[j];
+            total += g[j];
+        }
+#pragma omp simd
+        for (size j = 0; j < n; j++) g[j] = scale * (g[j] - a[j] * total);
+        memset(g + n, 0, (length - n) * sizeof *g);
+    }
+}
+
+/* Of each row of logits (N, V): losses (N,), hits (N,) whether its first largest logit is the target. With `overwrite` the row becomes
+   its gradient, weight * (softmax - onehot); rows whose target is `ignored` become 0. */
+void cross_entropy(float *restrict logits, const size *restrict target, double *restrict losses, uint8_t *restrict hits,
+                   size rows, size vocabulary, size ignored, const float *weight, size overwrite, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < rows; i++) {
+        float *restrict a = logits + i * vocabulary;
+        size wanted = target[i];
+        losses[i] = 0.0;
+        hits[i] = 0;
+        if (wanted == ignored) {
+            if (overwrite) memset(a, 0, vocabulary * sizeof *a);
+            continue;
+        }
+        float most = -INFINITY, logit = a[wanted];
+#pragma omp simd reduction(max : most)
+        for (size j = 0; j < vocabulary; j++) most = a[j] > most ? a[j] : most;
+        if (logit == most) {
+            size j = 0;
+            while (a[j] != most) j++;
+            hits[i] = j == wanted;
+        }
+        double others = 0.0; /* without the target's own, beside which a sure model's other terms would be lost */
+        for (size from = 0; from < vocabulary; from += 512) { /* a float sum loses digits over 21,128 terms */
+            size to = from + 512 < vocabulary ? from + 512 : vocabulary;
+            float part = 0.0f;
+            if (overwrite) {
+#pragma omp simd reduction(+ : part)
+                for (size j = from; j < to; j++) {
+                    float e = j == wanted ? 0.0f : exponential(a[j] - most);
+                    a[j] = e;
+                    part += e;
+                }
+            } else {
+#pragma omp simd reduction(+ : part)
+                for (size j = from; j < to; j++) part += j == wanted ? 0.0f : exponential(a[j] - most);
+            }
+            others += part;
+        }
+        double below = (double)logit - (double)most, total = others + exp(below);
+        hits[i] &= total == total; /* a NaN would be the largest */
+        losses[i] = below == 0.0 ? log1p(others) : log(total) - below;
+        if (overwrite) {
+            float share = (float)(*weight / total);
+#pragma omp simd
+            for (size j = 0; j < vocabulary; j++) a[j] *= share;
+            a[wanted] = (float)(-*weight * (others / total));
+        }
+    }
+}

@@ -1,0 +1,88 @@
+"""native.c, compiled for this processor when it is first wanted and kept: what a float32 step on a CPU uses where it can.
+
+gcc is needed once and takes about a second; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
+shares PyTorch's OpenMP threads: with a pool of its own the two would wait for the same cores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("native.c")
+COMPILE = "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
+LINK = "-nodefaultlibs -lm -lc"  # or -fopenmp would bring an OpenMP of its own
+
+
+def why_not() -> str | None:
+    """What keeps this machine from native.c, None where it is loaded."""
+    loaded = _loaded()
+    return loaded if isinstance(loaded, str) else None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Are these float32 on the CPU and without gaps, and is native.c there?"""
+    return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors) and why_not() is None
+
+
+def run(name: str, *arguments: Tensor | float) -> None:
+    """Call a function of native.c with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads."""
+    getattr(_loaded(), name)(*map(_as_c, arguments), torch.get_num_threads())
+
+
+def _as_c(argument: Tensor | float) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int64(argument) if isinstance(argument, int) else ctypes.c_float(argument)
+
+
+@cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if sys.platform != "linux":
+        return "it is made for Linux"
+    compiler, openmp = shutil.which("gcc"), _openmp_in_use()
+    if compiler is None or openmp is None:
+        return "gcc is not installed" if compiler is None else "PyTorch has no OpenMP here"
+    command = [compiler, *COMPILE.split(), str(SOURCE), openmp, *LINK.split()]
+    try:
+        library = _kept_at(command)
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                made = Path(folder) / library.name
+                subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=60)
+                made.replace(library)
+        return ctypes.CDLL(str(library))
+    except subprocess.CalledProcessError as error:
+        return f"gcc failed: {(error.stderr.strip().splitlines() or [f'exit code {error.returncode}'])[-1]}"
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return str(error)
+
+
+def _openmp_in_use() -> str | None:
+    """The file of the OpenMP library that PyTorch has loaded."""
+    files = (line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    return next((file for file in files if re.fullmatch(r"/.*/lib(g|i|)omp[^/]*\.so[^/]*", file)), None)
+
+
+def _kept_at(command: list[str]) -> Path:
+    """Where the library of this source, compiler and processor is kept: a home folder may be shared by machines of several kinds."""
+    processor = {
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if re.match("flags|Features|model", line)
+    }
+    key = repr([SOURCE.read_bytes(), command, os.stat(command[0]).st_mtime_ns, sorted(processor)])
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "fastpoem" / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
