@@ -3,15 +3,21 @@
 fastpoem's batches are chosen first, evenly spaced by length over its epoch, so that a few steps stand for an epoch (a small slice of the text would not do: what
 is left over of its sparse buckets would fill batches of the longest). *trainer, sorted* gets the very same poems, sorted by length. *notebook* and *trainer,
 plain* get random batches of the corpus, chosen in the same way, both the same ones. Turns alternate, so that a machine whose speed drifts slows all alike: compare sums over all turns.
+
+A contender that dies is out of the race, and each of its turns that are left fails with the line that says why; the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,13 +25,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.scene import BATCH, Scene, row_lengths
-from benchmarks.worker import CONTENDERS
+from benchmarks.worker import CONTENDERS, give_back_memory
 from fastpoem.corpus.plan import BucketOrder, held_out_rows
 from fastpoem.corpus.store import TokenStore
 from fastpoem.model.gpt2 import GPT2Config
 
 ROOT = Path(__file__).parents[1]
-SORTED = ("trainer, sorted", "fastpoem")
 
 
 @dataclass
@@ -101,12 +106,12 @@ def dealt(count: int, turns: int) -> list[list[int]]:
 
 
 class Contender:
-    """A worker's other end."""
+    """A worker's other end. Once the worker is dead, even at its start, `turn` and `loss` raise RuntimeError with the cause."""
 
     def __init__(self, name: str, scene: Scene, shape: GPT2Config, *, device: str, lr: float, val_poems: int) -> None:
-        self.name, self.log = name, scene.folder / f"{name.replace(', ', '-')}.log"
-        folder = scene.folder / f"{name.replace(', ', '-')}-{shape.n_layer}x{shape.n_embd}-{device}"
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix=f"{name.replace(', ', '-')}-", dir=scene.folder))
+        self.name, self.log = name, folder / "log"
+        self._resident, self._death = "unknown", ""
         job = {"contender": name, "data": str(scene.data), "model": str(scene.model(shape)), "folder": str(folder)}
         job |= {"device": device, "lr": lr, "val_poems": val_poems}
         (folder / "job.json").write_text(json.dumps(job))
@@ -116,7 +121,8 @@ class Contender:
                 [sys.executable, "-m", "benchmarks.worker", str(folder / "job.json")],
                 cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
-        self._answer()
+        with contextlib.suppress(RuntimeError):
+            self._answer()
 
     def turn(self, batches: Batches, seconds: float = 1e9) -> dict[str, Any]:
         """Train on the batches, until `seconds` have passed at most. {"seconds", "steps"} it took."""
@@ -128,22 +134,42 @@ class Contender:
 
     def close(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(60)
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def _ask(self, what: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
-        print(json.dumps(what), file=self._process.stdin, flush=True)
+        if self._death:
+            raise RuntimeError(self._death)
+        with contextlib.suppress(BrokenPipeError):  # there is no answer either
+            print(json.dumps(what), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} ended with {self._process.wait()}:\n{self.log.read_text()[-2000:]}")
-        return json.loads(line)
+        while not select.select([self._process.stdout], [], [], 1.0)[0]:
+            with contextlib.suppress(OSError):  # Linux has /proc
+                status = Path(f"/proc/{self._process.pid}/status").read_text()
+                self._resident = next(
+                    (row[6:].strip() for row in status.splitlines() if row.startswith("VmRSS")), self._resident
+                )
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        code = self._process.wait()
+        how = f"failed with exit status {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += f": out of memory? (resident when last seen: {self._resident})"
+        said = " | ".join(self.log.read_text(errors="replace").splitlines()[-3:])
+        self._death = f"{self.name} {how}; the end of its log: {said or 'empty'}"
+        raise RuntimeError(self._death)
 
 
+@contextlib.contextmanager
 def start(
     scene: Scene,
     shape: GPT2Config,
@@ -152,6 +178,12 @@ def start(
     lr: float = 2e-5,
     val_poems: int = 0,
     names: Sequence[str] = CONTENDERS,
-) -> dict[str, Contender]:
-    """One contender after the other, so that their loading does not disturb anybody's first turn."""
-    return {name: Contender(name, scene, shape, device=device, lr=lr, val_poems=val_poems) for name in names}
+) -> Iterator[dict[str, Contender]]:
+    """One contender after the other, so that their loading does not disturb anybody's first turn; closed at the end."""
+    give_back_memory()  # what this process has measured before leaves gigabytes
+    contenders = {name: Contender(name, scene, shape, device=device, lr=lr, val_poems=val_poems) for name in names}
+    try:
+        yield contenders
+    finally:
+        for one in contenders.values():
+            one.close()

@@ -1,7 +1,8 @@
 """`python -m benchmarks.report FILE.json [--out FOLDER]`: what `pytest benchmarks/ --benchmark-json=FILE.json` measured, as a Markdown table and PNG charts.
 
 A benchmark says in its `extra_info` what it is (`kind`); this reads nothing else but its times. Contenders are compared by the sums over all turns of one
-run, with the ratios of the single turns beside them, because a shared machine drifts. What the file does not hold is left out.
+run, with the ratios of the single turns beside them, because a shared machine drifts. What the file does not hold is left out: a contender that lost turns
+is compared on those that it has, and its row says which.
 """
 
 from __future__ import annotations
@@ -53,6 +54,16 @@ def by_contender(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
+def every_turn(found: Mapping[str, Sequence[Row]]) -> set[int]:
+    return {turn["turn"] for turns in found.values() for turn in turns}
+
+
+def label(name: str, turns: Sequence[Row], whole: set[int]) -> str:
+    """The contender's name, and which turns it has where it lost some."""
+    mine = [turn["turn"] for turn in turns]
+    return name if len(mine) == len(whole) else f"{name} (of {len(whole)} turns only {', '.join(map(str, mine))})"
+
+
 def rate(turns: Sequence[Row], what: str) -> float:
     """`what` a second over all turns."""
     return sum(turn[what] for turn in turns) / sum(turn["seconds"] for turn in turns)
@@ -60,20 +71,24 @@ def rate(turns: Sequence[Row], what: str) -> float:
 
 def throughput(rows: Iterable[Row]) -> str:
     found = by_contender(rows)
+    whole = every_turn(found)
     lines = []
     for name, turns in found.items():
-        ratios = [rate([us], "poems") / rate([them], "poems") for us, them in zip(found[US], turns, strict=True)]
-        spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-        gain = rate(found[US], "poems") / rate(turns, "poems")
+        both = [(us, them) for us in found.get(US, []) for them in turns if us["turn"] == them["turn"] and name != US]
+        gain, spread = "", ""
+        if both:
+            ours, theirs = zip(*both, strict=True)
+            gain = f"**{rate(ours, 'poems') / rate(theirs, 'poems'):.2f}**"
+            ratios = [rate([us], "poems") / rate([them], "poems") for us, them in both]
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         padding = 1 - sum(turn["tokens"] for turn in turns) / sum(turn["padded"] for turn in turns)
         lines.append(
-            (name, f"{rate(turns, 'poems'):.2f}", f"{rate(turns, 'tokens'):,.0f}", f"{padding:.0%}",
-             *(("", "") if name == US else (f"**{gain:.2f}**", spread)))
+            (label(name, turns, whole), f"{rate(turns, 'poems'):.2f}", f"{rate(turns, 'tokens'):,.0f}", f"{padding:.0%}", gain, spread)
         )  # fmt: skip
-    first = found[US][0]
-    note = (
-        f"{len(found[US])} alternating turns of {first['steps']} steps of 16, {first['corpus']}, on {first['device']}."
-    )
+    first = next(iter(found.values()))[0]
+    note = f"{len(whole)} alternating turns of {first['steps']} steps of 16, {first['corpus']}, on {first['device']}."
+    if none := [name for name in COLOURS if name not in found]:
+        note += f" No turns of: {'; '.join(none)}."
     head = ("", "poems/s", "real tokens/s", "positions without a target", "fastpoem against it", "by turn")
     return table(head, lines) + "\n\n" + note
 
@@ -113,8 +128,9 @@ def markdown(info: Mapping[str, Any], rows: Mapping[str, list[Row]], device: str
     if mine.get("throughput"):
         parts += ["### Throughput", throughput(mine["throughput"])]
     if mine.get("curve"):
-        ends = [(name, f"{turns[-1]['steps']}", *(f"{value:.3f}" for value in turns[-1]["curve"][-1][::-1]))
-                for name, turns in by_contender(mine["curve"]).items()]  # fmt: skip
+        found = by_contender(mine["curve"])
+        ends = [(label(name, turns, every_turn(found)), f"{turns[-1]['steps']}", *(f"{value:.3f}" for value in turns[-1]["curve"][-1][::-1]))
+                for name, turns in found.items()]  # fmt: skip
         parts += ["### Loss against time", table(("", "steps", "held-out loss", "after seconds"), ends)]
     if mine.get("stage"):
         parts += ["### Where a step's time goes", stages(mine["stage"])]
@@ -168,7 +184,8 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
             axes.annotate(
                 f"{rate(turns, 'poems'):.2f}", (rate(turns, "poems"), at + 0.28), fontsize=8, ha="right", va="center"
             )
-        axes.set_yticks(range(len(found)), list(found)[::-1])
+        names = [label(name, turns, every_turn(found)) for name, turns in found.items()]
+        axes.set_yticks(range(len(names)), names[::-1])
         axes.set_xlabel("bars: all turns; dots: each of them")
         done()
     if mine.get("curve"):

@@ -9,9 +9,7 @@ from benchmarks import race
 from benchmarks.scene import DEVICES, SMALL
 from benchmarks.worker import CONTENDERS
 
-pytestmark = pytest.mark.timeout(
-    900
-)  # slow machines: a turn of the notebook's, with everybody's start before the first
+pytestmark = pytest.mark.timeout(900)  # slow machines: a turn of the notebook's, and everybody's start before it
 TURNS, SECONDS = 4, 4.0
 HELD_OUT, RATE = 256, 5e-4
 ENOUGH = 500  # steps for the fastest, on a machine ten times as fast as two cores
@@ -20,22 +18,23 @@ ENOUGH = 500  # steps for the fastest, on a machine ten times as fast as two cor
 @pytest.fixture(scope="module", params=DEVICES)
 def contest(request, scene):
     programme = race.Programme(scene.store(), HELD_OUT)
-    contenders = race.start(scene, SMALL, device=request.param, lr=RATE, val_poems=HELD_OUT)
     batches = programme.epoch(min(programme.order.steps, TURNS * ENOUGH))
     done = dict.fromkeys(CONTENDERS, 0)
-    curves = {name: [(0.0, one.loss())] for name, one in contenders.items()}
+    curves = {name: [] for name in CONTENDERS}
+    with race.start(scene, SMALL, device=request.param, lr=RATE, val_poems=HELD_OUT) as contenders:
 
-    def turn(name):
-        """Train on the next batches and return the whole curve, [(seconds, loss)]."""
-        left = batches[name].part(range(done[name], min(done[name] + ENOUGH, len(batches[name].rows))))
-        took = contenders[name].turn(left, SECONDS)
-        done[name] += took["steps"]
-        curves[name].append((curves[name][-1][0] + took["seconds"], contenders[name].loss()))
-        return curves[name], done[name]
+        def turn(name):
+            """Train on the next batches and return the whole curve, [(seconds, loss)]."""
+            one, curve = contenders[name], curves[name]
+            if not curve:
+                curve.append((0.0, one.loss()))
+            left = batches[name].part(range(done[name], min(done[name] + ENOUGH, len(batches[name].rows))))
+            took = one.turn(left, SECONDS)
+            done[name] += took["steps"]
+            curve.append((curve[-1][0] + took["seconds"], one.loss()))
+            return curve, done[name]
 
-    yield turn, request.param
-    for one in contenders.values():
-        one.close()
+        yield turn, request.param
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

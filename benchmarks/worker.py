@@ -5,10 +5,15 @@ A process each, because fastpoem tells the C allocator to keep its memory: conte
 JOB: {"contender", "data", "model", "folder", "device", "lr", "val_poems"}. A line of JSON on stdin is a turn: {"batches": rows of the text, a list for each
 step, "steps": fastpoem's numbers of these steps (or null), "seconds": when to stop at the latest}. Answers {"seconds", "steps"}. {"evaluate": true} is answered
 with {"loss"}: a mean over the real tokens of the held-out poems, by the same code for every contender.
+
+All contenders are alive at once, so at the end of a turn, outside the clock, each gives the kernel the memory that it has freed; else what waits would leave no
+room for who trains. Every next turn pays for these pages again, within its clock, fastpoem too, which keeps every page on purpose. PERHAPS
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -58,7 +63,9 @@ class Turns:
                     break
             if self.job["device"] == "cuda":
                 torch.cuda.synchronize()
-            self.answer({"seconds": time.perf_counter() - begin, "steps": steps})
+            took = {"seconds": time.perf_counter() - begin, "steps": steps}
+            give_back_memory()
+            self.answer(took)
         raise SystemExit  # the race is over
 
     def _loss(self) -> float:
@@ -79,6 +86,13 @@ class _Lines(IterableDataset):
     def __iter__(self) -> Iterator[str]:
         for batch in self.batches:
             yield from batch
+
+
+def give_back_memory() -> None:
+    """What is freed goes back to the kernel now (where the C library is glibc), whatever it was told to keep."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def open_store(job: dict[str, Any]) -> TokenStore:

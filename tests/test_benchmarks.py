@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -50,24 +51,53 @@ def test_who_trains_on_what(programme):
 
 
 def test_contenders_train_in_turn_and_are_judged_alike(place, programme):
-    contenders = race.start(place, TINY, lr=1e-2, val_poems=64, names=["notebook", "trainer, sorted", "fastpoem"])
     batches = programme.epoch(40)
-    before = {name: one.loss() for name, one in contenders.items()}
-    assert max(before.values()) - min(before.values()) < 1e-6  # the same weights, the same poems
-    for name, one in contenders.items():
-        assert one.turn(batches[name].part(range(3)))["steps"] == 3
-        took = one.turn(batches[name].part(range(3, 40)), seconds=0.2)
-        assert took["seconds"] >= 0.2 and 1 <= took["steps"] <= 37
-        one.turn(batches[name].part(range(3, 13)))
-        after = one.loss()
-        assert (
-            after < before[name] - 0.3 if name in race.SORTED else abs(after - before[name]) > 0.1
-        )  # it learns padding
-    wrong = dataclasses.replace(batches["fastpoem"].part([0]), steps=[5])
-    with pytest.raises(RuntimeError, match="not of the poems"):
-        contenders["fastpoem"].turn(wrong)
-    for one in contenders.values():
-        one.close()
+    names = ["notebook", "trainer, sorted", "fastpoem"]
+    with race.start(place, TINY, lr=1e-2, val_poems=64, names=names) as contenders:
+        before = {name: one.loss() for name, one in contenders.items()}
+        assert max(before.values()) - min(before.values()) < 1e-6  # the same weights, the same poems
+        for name, one in contenders.items():
+            assert one.turn(batches[name].part(range(3)))["steps"] == 3
+            took = one.turn(batches[name].part(range(3, 40)), seconds=0.2)
+            assert took["seconds"] >= 0.2 and 1 <= took["steps"] <= 37
+            one.turn(batches[name].part(range(3, 13)))
+            after = one.loss()
+            if name == "notebook":  # it learns padding
+                assert abs(after - before[name]) > 0.1
+            else:
+                assert after < before[name] - 0.3
+        wrong = dataclasses.replace(batches["fastpoem"].part([0]), steps=[5])
+        for again in (wrong, batches["fastpoem"].part([0])):
+            with pytest.raises(
+                RuntimeError, match=r"^fastpoem failed with exit status 1; .*step 5 is not of the poems"
+            ):
+                contenders["fastpoem"].turn(again)
+
+
+def test_a_dead_contender_is_out_and_the_others_go_on(place, programme):
+    batches = programme.epoch(40)
+    with race.start(
+        place, TINY, device="abacus", val_poems=64, names=["fastpoem"]
+    ) as contenders:  # dead before its first turn
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"^fastpoem failed with exit status 1; .*abacus"):
+                contenders["fastpoem"].loss()
+    with race.start(place, TINY, val_poems=64, names=["trainer, plain", "fastpoem"]) as contenders:
+        plain, ours = contenders.values()
+        timer = threading.Timer(0.3, plain._process.kill)
+        timer.start()
+        endless = dataclasses.replace(batches["trainer, plain"], rows=batches["trainer, plain"].rows * 100)
+        for _ in range(2):
+            with pytest.raises(
+                RuntimeError, match=r"killed by SIGKILL: out of memory\? \(resident .* \d+ kB\)"
+            ) as found:
+                plain.turn(endless)
+            assert str(found.value).startswith("trainer, plain was killed") and "\n" not in str(found.value)
+        assert ours.turn(batches["fastpoem"].part([0]))["steps"] == 1
+        ours._process.kill()  # while it waits
+        ours._process.wait()
+        with pytest.raises(RuntimeError, match=r"^fastpoem was killed by SIGKILL"):
+            ours.turn(batches["fastpoem"].part([1]))
 
 
 def test_the_trainer_is_masked_loss_clip_and_adamw(small_model, tmp_path):
@@ -186,6 +216,29 @@ def test_report_of_a_part(tmp_path, capsys):
     assert report.main([str(path), "--out", str(tmp_path / "figures")]) == 0
     said = capsys.readouterr().out
     assert "80%" in said and "Throughput" not in said and not list((tmp_path / "figures").iterdir())
+
+
+def test_report_where_turns_are_missing(tmp_path, capsys):
+    path = measured(tmp_path)
+    content = json.loads(path.read_text())
+    lost = {("notebook", 1), ("trainer, plain", 0), ("trainer, plain", 1)}
+    content["benchmarks"] = [
+        row for row in content["benchmarks"] if (row["extra_info"].get("contender"), row["extra_info"].get("turn")) not in lost
+    ]  # fmt: skip
+    path.write_text(json.dumps(content))
+    assert report.main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    said = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()]
+    name = "notebook (of 2 turns only 0)"
+    assert [name, "2.13", "133", "50%", "**6.00**", "6.00 to 6.00"] in lines  # 64 poems in 30 s; 30 s against 5
+    assert [name, "10", "8.000", "5.000"] in lines
+    assert ["trainer, sorted", "8.00", "500", "50%", "**1.45**", "1.33 to 1.60"] in lines
+    assert "on cpu. No turns of: trainer, plain." in said
+    assert (tmp_path / "figures/throughput.png").exists()
+    content["benchmarks"] = [row for row in content["benchmarks"] if row["extra_info"].get("contender") != "fastpoem"]
+    path.write_text(json.dumps(content))
+    assert report.main([str(path), "--out", str(tmp_path / "figures")]) == 0
+    assert "| notebook (of 2 turns only 0) | 2.13 | 133 | 50% |  |  |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"benchmarks": [{}], "machine_info": {}}'])
