@@ -9,7 +9,7 @@ from benchmarks.scene import BATCH, DEVICES, FULL, LENGTH, made_up_rows, make_st
 
 ROUNDS = 3
 CASES = [
-    *(("length", FULL, BATCH, length) for length in (18, 34, LENGTH, 130, 258)),
+    *(("length", FULL, BATCH, length) for length in (18, 34, LENGTH, 130)),
     *(("batch", FULL, poems, LENGTH) for poems in (1, 4, BATCH, 32)),
     *(
         ("model", dataclasses.replace(FULL, n_layer=layers, n_embd=wide, n_head=wide // 64), BATCH, LENGTH)

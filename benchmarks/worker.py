@@ -6,8 +6,8 @@ JOB: {"contender", "data", "model", "folder", "device", "lr", "val_poems"}. A li
 step, "steps": fastpoem's numbers of these steps (or null), "seconds": when to stop at the latest}. Answers {"seconds", "steps"}. {"evaluate": true} is answered
 with {"loss"}: a mean over the real tokens of the held-out poems, by the same code for every contender.
 
-All contenders are alive at once, so at the end of a turn, outside the clock, each gives the kernel the memory that it has freed; else what waits would leave no
-room for who trains. Every next turn pays for these pages again, within its clock, fastpoem too, which keeps every page on purpose. PERHAPS
+All contenders are alive at once, so at the end of a turn each gives the kernel the pages that it has freed, or those who wait would leave no room for who trains; and before
+its next turn it has as many mapped again. Both are outside the clock: within it nobody pays for pages that it would have kept by itself, nor has more of them.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Turns:
                 self.answer({"loss": self._loss()})
                 continue
             batches, limit, steps = self.prepare(turn), turn["seconds"], 0
+            take_back_memory()
             begin = time.perf_counter()
             for batch in batches:
                 yield batch
@@ -89,10 +90,20 @@ class _Lines(IterableDataset):
 
 
 def give_back_memory() -> None:
-    """What is freed goes back to the kernel now (where the C library is glibc), whatever it was told to keep."""
+    """Freed pages inside the heap go back to the kernel, whatever the C library (where it is glibc) was told to keep; the heap keeps its extent."""
     gc.collect()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
+        trim(ctypes.c_size_t(2**62))
+
+
+def take_back_memory() -> None:
+    """All pages of the heap are there again, as before `give_back_memory` (Linux 5.14 and later; elsewhere they come at first use, within the clock)."""
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else ():
+        if line.endswith("[heap]"):
+            begin, end = (int(part, 16) for part in line.split()[0].split("-"))
+            populate_write = 23
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), populate_write)
 
 
 def open_store(job: dict[str, Any]) -> TokenStore:
