@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from fastpoem_kernels import native
 
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
@@ -60,6 +61,8 @@ def build_step(
         else:
             step.forms = forms
             say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
+    if device.type == "cpu" and optimizer.working.dtype == torch.float32 and native.why_not() is not None:
+        say(f"PyTorch's operators between the products, a tenth slower than C ({native.why_not()})")
     if device.type == "cuda" and config.graphs != "off" and trusted.graphs:
         begin = time.perf_counter()
         graphs = Graphs(step, say)

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastpoem_kernels import native
 from fastpoem_kernels.check import Record
 
 from fastpoem.config import TrainConfig
@@ -168,7 +169,8 @@ def _sentence(
         parts.append("torch.compile" if uses["compile"] else f"no torch.compile ({compiler or 'it failed its check'})")
         parts.append("CUDA graphs" if uses["graphs"] else "no CUDA graphs (they failed their check)")
     else:
-        parts.append("the CPU's forms of the kernels, nothing compiled")
+        reason = native.why_not()
+        parts.append("fastpoem's C between the products" if reason is None else f"PyTorch's operators ({reason})")
     named = ", ".join(broken) if len(broken) <= 3 else f"{len(broken)} of {count} checks"
     verdict = f"{named} failed" if broken else f"all {count} checks passed" if count else "nothing was checked"
     epoch = f"; an epoch of 217,561 poems would take {duration(mine.epoch_s)}" if mine.epoch_s else ""
