@@ -74,7 +74,7 @@ def _loaded() -> ctypes.CDLL | str:
 
 def _openmp_in_use() -> str | None:
     """The file of the OpenMP library that PyTorch has loaded."""
-    files = (line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines())
+    files = (line.split(maxsplit=5)[-1] for line in os.fsdecode(Path("/proc/self/maps").read_bytes()).splitlines())
     return next((file for file in files if re.fullmatch(r"/.*/lib(g|i|)omp[^/]*\.so[^/]*", file)), None)
 
 
