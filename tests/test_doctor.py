@@ -17,6 +17,7 @@ from fastpoem import doctor
 from fastpoem.config import TrainConfig
 from fastpoem.engine import checks, examine, machine, trial, trust
 from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.kernels import kernels_without
 from fastpoem.engine.step import Pieces
 from fastpoem.errors import InputError
 from fastpoem.model.attention import causal_attention
@@ -248,20 +249,24 @@ def a_card(monkeypatch, tmp_path):
     """A CUDA device as far as `trust` asks for one; `ran` are the checks that were run on it, `outcome` what they find."""
 
     class Card:
-        ran, outcome, name, said = [], {}, "H100, driver 1", []
+        ran, outcome, records, name, said = [], {}, {}, "H100, driver 1", []
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTPOEM_ASSUME_CHECKED", raising=False)
     monkeypatch.setattr(trust, "card", lambda device: Card.name)
     monkeypatch.setattr(trust, "why_not_compile", lambda device: None)
 
-    def run(device, names):
-        Card.ran += names
+    def run(device, names, patience):
+        done = {}
         for name in names:
+            Card.ran.append(name)
             note = Card.outcome.get(name)
-            yield name, [Record(name, note is None, note=note or "")]
+            done[name] = [Record(Card.records.get(name, name), note is None, note=note or "")]
+            if note is not None:
+                break
+        return done, None, "ended"
 
-    monkeypatch.setattr(trust, "in_a_process", run)
+    monkeypatch.setattr(trust, "_one_process", run)
     return Card
 
 
@@ -367,6 +372,51 @@ def test_kernels_that_failed(a_card):
     a_card.outcome["kernels 101"] = "error 1"
     chosen = decide(a_card).kernels
     assert chosen.cross_entropy is plain.cross_entropy and chosen.clipped_adamw_ is plain.clipped_adamw_
+
+
+@pytest.mark.parametrize(
+    ("record", "loss", "update"),
+    [("cross_entropy bfloat16", True, False), ("clipped_adamw float32", False, True), ("its process", True, True)],
+)
+def test_a_broken_kernel_costs_itself_alone(a_card, record, loss, update):
+    """What trains is checked without it, graphs and compiler stay; and what was checked with it does not stand for that."""
+    without = " plain-loss" * loss + " plain-update" * update
+    assert decide(a_card) == trust.Trusted() and a_card.ran == USED
+    a_card.name, a_card.ran[:] = "another", []
+    a_card.outcome["kernels 101"], a_card.records["kernels 101"] = "error 1", record
+    found = decide(a_card)
+    assert found == trust.Trusted(found.kernels) and found.kernels == kernels_without(without.split())
+    assert (found.kernels.cross_entropy is plain.cross_entropy) == loss
+    assert (found.kernels.clipped_adamw_ is plain.clipped_adamw_) == update
+    assert a_card.ran == [*USED[:2], *(name + without for name in USED[2:])]
+    a_card.outcome["compiled bfloat16" + without] = "error 2"
+    a_card.name = "a third"
+    assert decide(a_card) == trust.Trusted(found.kernels, compile=False)
+
+
+def test_a_kernel_that_fails_later_has_the_others_checked_again(a_card):
+    """Another vocabulary, the same card."""
+    decide(a_card)
+    a_card.ran.clear()
+    a_card.outcome["kernels 102"], a_card.records["kernels 102"] = "error 1", "cross_entropy float32"
+    trust.decide(TrainConfig(), CUDA, torch.bfloat16, 102, a_card.said.append)
+    assert a_card.ran == ["kernels 102", *(name + " plain-loss" for name in USED[2:])]
+    assert sum("checking this GPU" in line for line in a_card.said) == 2
+
+
+@pytest.mark.parametrize("broken", ["cross_entropy", "clipped_adamw_"])
+@pytest.mark.parametrize("name", ["replay float32", "compiled float32"])
+def test_a_check_does_without_the_kernels_that_failed(name, broken, monkeypatch):
+    def breaks(*_, **__):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr("fastpoem.engine.kernels." + broken, breaks)
+    (record,) = checks.run(name + " plain-loss plain-update", CPU)
+    assert record.ok and "plain-loss" in record.name, record
+    less = "plain-update" if broken == "cross_entropy" else "plain-loss"
+    (record,) = checks.run(f"{name} {less}", CPU)
+    assert record.note == "RuntimeError: an illegal memory access"
 
 
 @pytest.mark.parametrize(

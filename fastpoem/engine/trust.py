@@ -66,8 +66,11 @@ def decide(
     names = checks.wanted(dtype, vocabulary=vocabulary, packed=packed, compiles=compiles, graphs=config.graphs != "off")
     failed = look_up(device, names, say) if failed is None else failed
     suffix = f"{kind} packed" if packed else kind
+    chosen = failed.get(f"kernels {vocabulary}", {})
+    kernels = choose_kernels(chosen, say)
 
     def trusted(flag: str, name: str, insists: bool, otherwise: str) -> bool:
+        (name,) = checks.with_kernels([name], {"kernels": chosen})
         if not failed.get(name):
             return True
         reason = "; ".join(failed[name].values())
@@ -88,7 +91,6 @@ def decide(
     graphs = config.graphs == "off" or trusted(
         "--graphs on", replay, config.graphs == "on", "the step's kernels are launched one by one"
     )
-    kernels = choose_kernels(failed.get(f"kernels {vocabulary}", {}), say)
     return Trusted(kernels, sdpa, varlen, compile_it, graphs)
 
 
@@ -96,15 +98,19 @@ def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], Non
     """What each check found on this card, now or at any time before."""
     if os.environ.get("FASTPOEM_ASSUME_CHECKED") == "1":
         return {}
-    known = {name: found for name, found in remembered(card(device)).items() if name in names}
-    missing = [name for name in names if name not in known]
-    if missing:
-        pieces = ", ".join(dict.fromkeys(name.split()[0] for name in missing))
-        say(f"checking this GPU, once: {pieces} (a minute or two)")
+    known, told = remembered(card(device)), False
+    while True:
+        exact = checks.with_kernels(names, {name: known[name] for name in names if name in known})
+        missing = [name for name in exact if name not in known]
+        if not missing:
+            return {name: known[name] for name in exact}
+        if not told:
+            pieces = ", ".join(dict.fromkeys(name.split()[0] for name in missing))
+            say(f"checking this GPU, once: {pieces} (a minute or two)")
+            told = True
         found = dict(in_a_process(device, missing))
         remember(card(device), found)
         known |= {name: failures(records) for name, records in found.items()}
-    return known
 
 
 def failures(records: Sequence[Record]) -> Failures:
@@ -122,17 +128,23 @@ def failures(records: Sequence[Record]) -> Failures:
 def in_a_process(
     device: torch.device, names: Sequence[str], patience: float = PATIENCE
 ) -> Iterator[tuple[str, list[Record]]]:
-    """Run checks apart from this process, and in another one after each that fails; yields (name, its records)."""
+    """Run checks apart from this process, and in another one after each that fails; yields (name, its records).
+
+    Those that train and come after `kernels` do without the kernels that failed, which their names then say."""
     left = list(names)
     while left:
         done, begun, ending = _one_process(device, left, patience)
-        if begun is None and not done:
-            yield from ((name, [Record(name, False, note=f"{NOT_BEGUN}: {ending}")]) for name in left)
-            return
+        unwilling = begun is None and not done
+        if unwilling:
+            done[left[0]] = [Record(left[0], False, note=f"{NOT_BEGUN}: {ending}")]
         if begun is not None:
             done[begun] = [Record(begun, False, note=f"its process {ending}")]
         yield from done.items()
         left = [name for name in left if name not in done]
+        left = checks.with_kernels(left, {name: failures(records) for name, records in done.items()})
+        if unwilling:
+            yield from ((name, [Record(name, False, note=f"{NOT_BEGUN}: {ending}")]) for name in left)
+            return
 
 
 NOT_BEGUN = "the check could not begin"
