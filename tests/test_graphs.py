@@ -124,6 +124,12 @@ def test_what_does_not_fit_the_static_tensors_is_refused():
         step(rows._replace(where=rows.where[:3]), 1e-3)
     with pytest.raises(ValueError, match="poems"):
         step(rows._replace(where=rows.where.int()), 1e-3)
+    with pytest.raises(ValueError, match="on meta"):
+        step(rows._replace(where=rows.where.to("meta")), 1e-3)
+    with pytest.raises(ValueError, match="on meta"):
+        step(rows._replace(source=rows.source.to("meta")), 1e-3)
+    with pytest.raises(ValueError, match=r"ids \[1, "):
+        step(rows._replace(source=rows.source[None]), 1e-3)
     with pytest.raises(ValueError, match="ids"):
         step(rows._replace(source=rows.source.int()), 1e-3)
     with pytest.raises(ValueError, match="ids"):

@@ -21,6 +21,7 @@ from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
 
 GIVE_UP = 5  # steps in a row whose loss or gradient is not finite
+HOST = torch.device("cpu")
 NOTED = 1024  # losses kept on the device before somebody must look, which stops it
 
 
@@ -120,18 +121,23 @@ class TrainStep:
         self.launch(rows.shape)
 
     def send(self, rows: Rows, lr: float) -> None:
-        """Copy a step's poems and its learning rate into the static tensors. Raises ValueError for what does not fit them."""
+        """Copy a step's poems and its learning rate, which are the host's, into the static tensors. Raises ValueError for what does not
+        fit them in shape, dtype or device."""
         where, source = rows.where, rows.source
-        if (*where.shape, where.dtype) != (len(self.message) - 1, 2, torch.int64):
-            raise ValueError(f"poems {[*where.shape]} {where.dtype} do not fit the step's {len(self.message) - 1}")
+        if (*where.shape, where.dtype, where.device) != (len(self.message) - 1, 2, torch.int64, HOST):
+            raise ValueError(
+                f"poems {[*where.shape]} {where.dtype} on {where.device} do not fit the step's {len(self.message) - 1} from the host"
+            )
         message = torch.empty(self.message.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         message[:-1] = where
         message.view(torch.float64)[-1] = lr
         self.message.copy_(message, non_blocking=True)
         if source is not None:
-            if source.dtype != self.source.dtype or len(source) > len(self.source):
+            if (source.ndim, source.dtype, source.device) != (1, self.source.dtype, HOST) or len(source) > len(
+                self.source
+            ):
                 raise ValueError(
-                    f"{len(source)} ids of {source.dtype} do not fit {len(self.source)} of {self.source.dtype}"
+                    f"ids {[*source.shape]} {source.dtype} on {source.device} do not fit {len(self.source)} of {self.source.dtype} from the host"
                 )
             source = source.pin_memory() if self.device.type == "cuda" else source
             self.source[: len(source)].copy_(source, non_blocking=True)
