@@ -15,7 +15,7 @@ from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.engine.trust import Trusted
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, first_line
 from fastpoem.model.gpt2 import GPT2
 
 RESIDENT = 1 << 30  # bytes of a corpus that a GPU's memory is not asked whether it can spare
@@ -55,8 +55,7 @@ def build_step(
         except Exception as error:
             if config.compile == "on":
                 raise
-            reason = str(error).strip().splitlines()[0]
-            say(f"the model could not be compiled ({reason}): PyTorch's own kernels are used")
+            say(f"the model could not be compiled ({first_line(error)}): PyTorch's own kernels are used")
             step.pieces = Pieces(model)
         else:
             step.forms = forms
@@ -69,7 +68,7 @@ def build_step(
         graphs.record(shapes)
         if graphs.broken and config.graphs == "on":
             raise InputError("--graphs on", "the step could not be recorded here", "use --graphs auto")
-        if not graphs.broken:
+        if graphs.recorded:
             step.launch = graphs
             took = time.perf_counter() - begin
             say(

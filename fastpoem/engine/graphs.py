@@ -19,6 +19,9 @@ import torch
 
 from fastpoem.corpus.feed import Shape
 from fastpoem.engine.step import TrainStep
+from fastpoem.errors import first_line
+
+MOST = 256  # recordings: each takes seconds to make and memory to keep, and pays only where its shape comes back
 
 
 class Graphs:
@@ -28,6 +31,7 @@ class Graphs:
         self.step, self.say = step, say
         self.recorded: dict[Shape, Callable[[], None]] = {}
         self.broken = False  # a recording failed: no other is tried, and a shape without one is run plainly
+        self.full = False  # there are as many as there may be
         self.bytes = 0  # of the device's free memory that recording took
         on_cuda = step.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_cuda else None
@@ -49,9 +53,16 @@ class Graphs:
             run()
 
     def _record(self, shape: Shape) -> None:
+        if self.broken or self.full:
+            return
+        if len(self.recorded) >= MOST:
+            self.full = True
+            self.say(
+                f"{MOST} sizes of a step are recorded as CUDA graphs: those of other sizes are launched kernel by kernel"
+            )
+            return
         if self._pool is None:
             self.recorded[shape] = partial(self._again, shape)
-        if self._pool is None or self.broken:
             return
         begin, step = time.perf_counter(), self.step
         device = step.device
@@ -73,8 +84,10 @@ class Graphs:
             first: BaseException = error  # the last one only says that there was another
             while first.__context__ is not None:
                 first = first.__context__
-            reason = str(first).strip().splitlines()[0]
-            self.say(f"the step could not be recorded as a CUDA graph ({reason}): its kernels are launched one by one")
+            which = f"a step of {shape.longest} tokens" if self.recorded else "the step"
+            self.say(
+                f"{which} could not be recorded as a CUDA graph ({first_line(first)}): its kernels are launched one by one"
+            )
         else:
             self.recorded[shape] = graph.replay
             self.bytes += free - torch.cuda.mem_get_info(device)[0]
