@@ -1,4 +1,4 @@
-"""Tell the C allocator to keep what it is given back.
+"""Memory: a CPU's is kept, and what to do where a GPU's runs out is said in a line.
 
 A step frees and allocates the same few hundred megabytes; by default glibc returns every large block to the kernel and each new one is
 paid for in page faults, up to a third of the CPU time of a step.
@@ -6,7 +6,15 @@ paid for in page faults, up to a third of the CPU time of a step.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import re
+from collections.abc import Iterator
+
+import torch
+
+from fastpoem.config import TrainConfig
+from fastpoem.errors import InputError
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -18,3 +26,29 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, 2**31 - 1), mallopt(_M_TOP_PAD, 64 << 20)])
+
+
+@contextlib.contextmanager
+def enough_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Inside, a GPU whose memory runs out is an InputError: how much there is, was held and asked for, and which flags need less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error))
+        held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
+        reason = (
+            f"{device} has {_gib(total)}, of which training held {_gib(held)} when it asked for {asked[1] if asked else 'more'}"
+            f" ({_gib(total - free - reserved)} are the driver's and other processes')"
+        )
+        less = ["a smaller --batch-size"] * (config.batch_size > 1) + ["--precision bf16"] * (
+            config.precision == "fp32"
+        )
+        less += ["a smaller --max-length"] + ["--vocab corpus"] * (config.vocab == "all")
+        raise InputError(
+            f"--batch-size {config.batch_size}", reason, f"use {', '.join(less[:-1])} or {less[-1]}"
+        ) from None
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

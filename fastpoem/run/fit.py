@@ -22,7 +22,7 @@ from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
 from fastpoem.corpus.vocabulary import numbering
 from fastpoem.engine.build import build_step
-from fastpoem.engine.memory import keep_freed_memory
+from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
 from fastpoem.engine.trust import decide
@@ -117,21 +117,22 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     goes_on = config.resume and bool(checkpoint.listed(out))
     model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
-    model.to(device)
-    optimizer = FlatAdamW(
-        model,
-        device,
-        dtype,
-        weight_decay=config.weight_decay,
-        max_norm=config.max_grad_norm,
-        kernels=trusted.kernels,
-    )
+    with enough_memory(config, device):
+        model.to(device)
+        optimizer = FlatAdamW(
+            model,
+            device,
+            dtype,
+            weight_decay=config.weight_decay,
+            max_norm=config.max_grad_norm,
+            kernels=trusted.kernels,
+        )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
     if narrowed is not None:
         beside["generation_config.json"] = narrowed.generation_config(special)
 
-    with folder.claim(out, fresh=not config.resume) as claim:
+    with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
         identity = folder.identity(config, store, shape, dtype)
         table = None if ids is None else numbering(ids, store)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
