@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +32,21 @@ def why_not_compile(device: torch.device) -> str | None:
     )
     if not any(shutil.which(name) for name in names if name):
         return "there is no C compiler" if device.type == "cuda" else "there is no C++ compiler"
+    headers = _python_headers()
+    if not (headers / "Python.h").is_file():
+        return f"there is no Python.h in {headers} (Debian: apt-get install python3-dev)"
     if device.type == "cuda":
         try:
             import triton  # noqa: F401
         except ImportError as error:
             return f"Triton cannot be imported ({error})"
     return None
+
+
+def _python_headers() -> Path:
+    """Where Triton and Inductor look for them."""
+    scheme = sysconfig.get_default_scheme()
+    return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
 
 
 def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
