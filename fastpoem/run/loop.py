@@ -255,7 +255,7 @@ class Loop:
         small |= {name: tensor.clone() for name, tensor in small.items() if not name.startswith("exp_avg")}
         copied = None
         if self.device.type == "cuda":
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
             copied.record(
                 torch.cuda.current_stream(self.device)
             )  # not the current device's, which is another's for cuda:7

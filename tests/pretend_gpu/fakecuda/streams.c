@@ -10,6 +10,7 @@
 
 typedef struct Event {
     int recorded, device, capture;  // capture: the number of the one it was recorded in, 0 outside
+    int spins;                      // what waits for it does not sleep
     unsigned seen[MEMBERS];
 } Event;
 
@@ -119,12 +120,13 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t handle, cudaHostFn_t function, void*
 }
 
 // ---- events
-static cudaError_t new_event(cudaEvent_t* handle) {
-    *handle = calloc(1, sizeof(Event));
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) {
+    Event* event = calloc(1, sizeof(Event));
+    event->spins = !(flags & cudaEventBlockingSync);
+    *handle = (cudaEvent_t)event;
     return OK;
 }
-cudaError_t cudaEventCreate(cudaEvent_t* handle) { return new_event(handle); }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* handle, unsigned flags) { return new_event(handle); }
+cudaError_t cudaEventCreate(cudaEvent_t* handle) { return cudaEventCreateWithFlags(handle, cudaEventDefault); }
 cudaError_t cudaEventDestroy(cudaEvent_t handle) {
     free(handle);
     return OK;
@@ -156,7 +158,7 @@ static cudaError_t ask(const char* what, cudaEvent_t handle, int log) {
     if (event->capture)
         return refuse(going_on(event->capture), what, "the event was recorded in a capture", cudaErrorCapturedEvent);
     cudaError_t error = unsafe(what);
-    if (!error && log) say("S %s device=%d", what, event->device);
+    if (!error && log) say("S %s device=%d spins=%d", what, event->device, event->spins);
     return error;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) { return ask("cudaEventSynchronize", event, 1); }
