@@ -331,7 +331,7 @@ def _plain(attend: Attend, qkv: Tensor, upstream: Tensor, borders: Borders, head
     exact = _with_gradient(lambda x: _formula(x, borders, heads), qkv.double(), upstream.double())
     rounded = _with_gradient(lambda x: _formula(x, borders, heads), qkv, upstream)
     if not all(bool(torch.isfinite(part).all()) for part in mine):
-        return Record("", False, note="outputs or gradients are not finite")
+        return _wrong("", "outputs or gradients are not finite")
     real = slice(0, borders[-1][1])
     found = [Record("", True, error=0.0, tolerance=1.0)]
     for what, a, b, c in zip(("output", "gradient"), mine, exact, rounded, strict=True):
@@ -357,12 +357,12 @@ def _dropped(attend: Attend, qkv: Tensor, upstream: Tensor, borders: Borders, he
     chances = int(past.sum()) * heads
     share = 1 - int((kept & past[:, None]).sum()) / chances
     if abs(share - p) > 5 * math.sqrt(p * (1 - p) / chances) + 2**-16:
-        return Record("dropout", False, note=f"{share:.2%} of the weights were dropped, not {p:.0%}")
+        return _wrong("dropout", f"{share:.2%} of the weights were dropped, not {p:.0%}")
     real = slice(0, borders[-1][1])
     if bool((kept & ~past[:, None])[real].any()):
-        return Record("dropout", False, note="a token sees the future, or another poem")
+        return _wrong("dropout", "a token sees the future, or another poem")
     if torch.equal(other[real], seen[real]):
-        return Record("dropout", False, note="the same weights are dropped every time")
+        return _wrong("dropout", "the same weights are dropped every time")
     formula = lambda x: _formula(x, borders, heads, kept / (1 - p))
     exact = _with_gradient(formula, qkv.double(), upstream.double())
     rounded = _with_gradient(formula, qkv, upstream)
@@ -374,6 +374,11 @@ def _dropped(attend: Attend, qkv: Tensor, upstream: Tensor, borders: Borders, he
             Record("dropout", error <= allowed, error=error, tolerance=allowed, note=f"farthest in the {what}")
         )
     return max(found, key=_ratio)
+
+
+def _wrong(name: str, note: str) -> Record:
+    """Numbers so wrong that there is no error to measure; it has one all the same, by which it is told from what could not be computed."""
+    return Record(name, False, error=1.0, tolerance=0.0, note=note)
 
 
 def _least(dtype: torch.dtype) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -232,10 +233,10 @@ class Log:
                 here.append(entry)
         return {name: Log(tuple(entries)) for name, entries in parts.items()}
 
-    def of_the_last_process(self) -> Log:
-        """Where processes share a file: the part of the one that ended last, which started the others."""
+    def processes(self) -> list[Log]:
+        """Where processes share a file: the part of each. The one that ended last started the others."""
         begins = [place for place, entry in enumerate(self.entries) if entry.letter == "P"]
-        return Log(self.entries[begins[-1] :])
+        return [Log(self.entries[begin:end]) for begin, end in itertools.pairwise([*begins, len(self.entries)])]
 
     def __str__(self) -> str:
         kinds = Counter(kind_of(entry) for entry in self.done)

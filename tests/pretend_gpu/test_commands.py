@@ -7,9 +7,14 @@ import signal
 import pytest
 import torch
 from conftest import TRAIN, assert_sound, rows
+from fastpoem_kernels.check import Record
 from safetensors.torch import load_file
 
 from benchmarks.budget import NODES
+from fastpoem import doctor
+from fastpoem.engine import examine, trial, trust
+from fastpoem.engine.checks import wanted, with_kernels
+from fastpoem.model.hub import BUNDLED
 
 
 def weights(folder):
@@ -17,9 +22,13 @@ def weights(folder):
 
 
 KINDS = [
-    *itertools.product(["bucket", "pack", "pad"], ["bf16"], ["off", "on"], ["off", "on"], [90]),
-    *itertools.product(["bucket", "pack", "pad"], ["fp32"], ["off"], ["on"], [90]),
-    *itertools.product(["bucket", "pack"], ["bf16"], ["on"], ["on"], [80]),
+    *itertools.product(["bucket"], ["bf16"], ["off", "on"], ["off", "on"], [90]),
+    *(
+        (batching, "bf16", *both, 90)
+        for batching, both in itertools.product(["pack", "pad"], [("off", "off"), ("on", "on")])
+    ),
+    *itertools.product(["bucket", "pack"], ["fp32"], ["off"], ["on"], [90]),
+    ("pack", "bf16", "on", "on", 80),
     ("bucket", "fp32", "on", "off", 80),
 ]
 
@@ -130,12 +139,27 @@ def test_what_fails_its_check_is_not_used(command, tiny, tmp_path):
     outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", extra=unchecked)
     assert_sound(outcome)
     assert outcome.said.count("failed its check") >= 5 and "checking this GPU, once" in outcome.said
-    log = outcome.log.of_the_last_process()  # the checks run in others
+    *checks, log = outcome.log.processes()
     assert log.launches and not log.graph_launches and not log.captures
     assert not {"whole_row", "update"} & {entry.words[1] for entry in log.launches}
-    again = command(TRAIN, *tiny, "--out", tmp_path / "again", "--compile", "off", extra=unchecked)
-    assert_sound(again)
-    assert "checking this GPU" not in again.said and again.said.count("failed its check") >= 5
+    ours = [bool({"whole_row", "update"} & {entry.words[1] for entry in one.launches}) for one in checks]
+    assert (
+        ours == [True, False, False] and checks[2].launches
+    )  # kernels, attention, replay: trained without what had failed
+
+
+def test_what_is_remembered_to_have_failed_is_not_checked_again(command, tiny, tmp_path, monkeypatch):
+    unchecked = {"FASTPOEM_ASSUME_CHECKED": "0", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    monkeypatch.setenv("XDG_CACHE_HOME", unchecked["XDG_CACHE_HOME"])
+    card, wrong = torch.device("cuda:0"), [Record("cross_entropy float32", False, error=1.0, tolerance=0.1)]
+    vocabulary = json.loads((BUNDLED / "model/config.json").read_text())["vocab_size"]
+    names = wanted(torch.bfloat16, vocabulary=vocabulary, packed=False, compiles=True, graphs=True)
+    trust.remember(trust.card(card), dict.fromkeys(with_kernels(names, {names[0]: ["cross_entropy"]}), wrong))
+    outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", extra=unchecked)
+    assert_sound(outcome)
+    assert "checking this GPU" not in outcome.said and outcome.said.count("failed its check") == 4
+    names = {entry.words[1] for entry in outcome.log.launches}
+    assert "update" in names and "whole_row" not in names and not outcome.log.graph_launches
     for flag in ("--graphs", "--compile"):
         refused = command(TRAIN, *tiny, "--out", tmp_path / "insists", flag, "on", extra=unchecked)
         assert refused.code == 2 and "failed its check on this GPU" in refused.said
@@ -155,7 +179,7 @@ def test_a_card_without_bf16_computes_in_fp32(command, tiny, tmp_path):
         assert refused.code == 2 and words in refused.said.splitlines()[-1]
 
 
-def test_the_doctor_trains_for_a_moment_in_every_form(command):
+def test_the_doctor_trains_for_a_moment_in_every_form(command, capsys):
     """Its checks are left out, which it says: nothing could pass them here."""
     outcome = command("fastpoem.doctor", "--device", "cuda:0", "--quick", "--json")
     assert_sound(outcome)
@@ -166,6 +190,28 @@ def test_the_doctor_trains_for_a_moment_in_every_form(command):
     assert report["machine"]["capability"] == [9, 0] and report["uses"]["graphs"] and report["uses"]["compile"]
     assert len(outcome.log.captures) == 6  # three lengths in two forms
     assert outcome.log.captures[-1].nodes == NODES  # as docs/performance.md has it
+    assert any("triton_" in entry.words[1] for entry in outcome.log.entries if entry.letter == "L")
+    doctor.show(report)
+    said = capsys.readouterr().out
+    assert "FASTPOEM_ASSUME_CHECKED=1" in said and "compiled + graphs" in said and "H100 (pretend)" in said
+
+
+def test_the_doctor_finds_this_card_ill(tmp_path, monkeypatch, capsys):
+    """Nothing is computed here, so every comparison must fail: a doctor that finds this card healthy looks at nothing. A check of each
+    kind; training is left out."""
+    monkeypatch.setenv("FASTPOEM_ASSUME_CHECKED", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = ["kernels 21128", "attention bfloat16 packed", "compiled bfloat16", "replay bfloat16"]
+    monkeypatch.setattr(examine, "_checks", lambda *_: (names, []))
+    monkeypatch.setattr(trial, "train", lambda *_, **__: trial.Trial("plain", 1.0, 1.0, 1.0))
+    assert doctor.main(["--device", "cuda:0", "--quick", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["ok"] and "H100 (pretend)" in report["machine"]["name"] and report["sentence"]
+    found = {record["name"]: record["ok"] for record in report["checks"]}
+    assert not any(found.values()), found
+    without = "plain-loss plain-update"
+    assert {*names[1:2], f"{names[2]} {without}", f"{names[3]} {without}", "clipped_adamw float32"} <= {*found}
+    assert [one["note"] for one in report["trials"]] == ["", *["failed its check"] * 3]
 
 
 def test_missing_tools_are_named_at_the_start(command, tiny, tmp_path):
@@ -174,6 +220,27 @@ def test_missing_tools_are_named_at_the_start(command, tiny, tmp_path):
     refused = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "on", extra=bare)
     assert refused.code == 2 and "--compile on: there is no C compiler" in refused.said
     assert len(refused.said.splitlines()) == 1 or "poems of" in refused.said.splitlines()[0]
+
+
+def test_memory_that_runs_out_is_a_line(command, wide, tmp_path):
+    """While the run is set up, and in its first step, after a recording has failed for the same reason."""
+    run = tmp_path / "run"
+    flags = [*wide, "--out", run, "--max-steps", 2, "--compile", "off", "--val-poems", 0]
+    for memory, batch in ((1, 4), (2, 256)):
+        refused = command(TRAIN, *flags, "--batch-size", batch, memory=memory)
+        said = refused.said.splitlines()
+        assert refused.code == 2 and "Traceback" not in refused.said, refused.said
+        assert said[-1].startswith(
+            f"fastpoem: --batch-size {batch}: cuda:0 has {memory}.0 GiB, of which training held "
+        )
+        assert (
+            "iB more" not in said[-1]
+            and "use a smaller --batch-size, a smaller --max-length or --vocab corpus" in said[-1]
+        )
+        assert sum("could not be recorded as a CUDA graph (CUDA out of memory." in line for line in said) == (
+            memory == 2
+        )
+    assert_sound(command(TRAIN, *flags, "--batch-size", 4, memory=2))
 
 
 def test_poems_are_written_on_the_card(command, tiny, tmp_path):
@@ -192,23 +259,3 @@ def test_other_flags_run(command, tiny, tmp_path, flags):
     outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", *flags)
     assert_sound(outcome)
     assert any("flash" in entry.words[1] for entry in outcome.log.launches) == ("notebook" not in flags)
-
-
-def test_the_doctor_finds_this_card_ill(command, tmp_path):
-    """Nothing is computed here, so every comparison must fail: a doctor that finds this card healthy looks at nothing."""
-    variables = {"FASTPOEM_ASSUME_CHECKED": "0", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    outcome = command("fastpoem.doctor", "--device", "cuda:0", "--quick", "--json", extra=variables)
-    assert outcome.code == 1 and "Traceback" not in outcome.said, outcome.said
-    report = json.loads(next(line for line in outcome.said.splitlines() if line.startswith("{")))
-    assert not report["ok"] and "H100 (pretend)" in report["machine"]["name"] and report["sentence"]
-    pieces = {record["name"].split()[0] for record in report["checks"] if not record["ok"]}
-    assert pieces >= {"attention", "compiled", "replay"}
-
-
-def test_the_doctor_says_what_it_was_told_to_assume(command, tmp_path):
-    outcome = command("fastpoem.doctor", "--device", "cuda:0", "--quick")
-    assert_sound(outcome)
-    assert "FASTPOEM_ASSUME_CHECKED=1" in outcome.said and "compiled + graphs" in outcome.said
-    assert outcome.log.graph_launches and any(
-        "triton_" in entry.words[1] for entry in outcome.log.entries if entry.letter == "L"
-    )

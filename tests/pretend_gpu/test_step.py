@@ -283,6 +283,111 @@ def test_a_recompilation_is_caught(tiny, tmp_path, tape):
 # ---- fallbacks
 
 
+class LateShapes:
+    """A feed whose batches from step `since` on are one token longer, and so of shapes that nobody announced."""
+
+    def __init__(self, monkeypatch, since: int) -> None:
+        feed, self.since = Feed.__call__, since
+        monkeypatch.setattr(Feed, "__call__", lambda one, step: self.lengthened(feed(one, step)))
+        self.count = 0
+
+    def lengthened(self, rows):
+        self.count += 1
+        late = self.count > self.since
+        return rows._replace(shape=rows.shape._replace(longest=rows.shape.longest + 1)) if late else rows
+
+
+def _raises(error):
+    def fault(step):
+        if torch.cuda.is_current_stream_capturing():
+            raise error
+
+    return fault
+
+
+def _asks(step):
+    if torch.cuda.is_current_stream_capturing():
+        step.account.last.sum().item()
+
+
+def _takes_all_memory(step):
+    if torch.cuda.is_current_stream_capturing():
+        step.too_much = torch.empty(torch.cuda.mem_get_info()[1], dtype=torch.uint8, device=step.device)
+
+
+FAULTS = {
+    "an error": (_raises(RuntimeError("planted\nmore of it")), "(planted)"),
+    "an error without words": (_raises(MemoryError()), "(MemoryError)"),
+    "a question": (_asks, "operation"),
+    "memory": (_takes_all_memory, "out of memory"),
+}
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_recording_that_fails_late_costs_its_own_shapes_alone(tiny, tmp_path, tape, monkeypatch, what):
+    """Two epochs; in the second every shape is new and cannot be captured. It is said once; the shapes of the first keep their graphs."""
+    fault, words = FAULTS[what]
+    more = ["--out", tmp_path / "run", "--compile", "off", "--log-every", 1000, "--val-poems", 0, "--epochs", 3]
+    with training(tiny, *more) as (loop, said):
+        work, epoch = loop.step.work, loop.order.steps
+        late = LateShapes(monkeypatch, epoch)
+        known = dict(loop.step.launch.recorded)
+
+        def planted(shape):
+            work(shape)
+            if shape not in known:
+                fault(loop.step)
+
+        loop.step.work = planted
+        one_step = loop.one_step
+
+        def back_again():
+            if loop.done == 2 * epoch:
+                late.since = 10**9
+            one_step()
+
+        loop.one_step = back_again
+        steps = observe(loop, tape)
+        assert loop.step.launch.recorded == known and loop.step.launch.broken
+    assert len(steps) == 3 * epoch
+    about = [line for line in said if "could not be recorded" in line]
+    assert len(about) == 1 and words in about[0] and about[0].count("\n") == 0 and "a step of" in about[0]
+    launched = [len(step.log.graph_launches) for step in steps]
+    assert launched == [1] * epoch + [0] * epoch + [1] * epoch
+    assert sum(len(step.log.captures) for step in steps) == 1
+    for step in (*steps[1 : epoch - 1], *steps[2 * epoch + 1 : -1]):
+        step.assert_lean()
+
+
+def test_there_are_no_more_recordings_than_there_may_be(tiny, tmp_path, tape, monkeypatch):
+    monkeypatch.setattr("fastpoem.engine.graphs.MOST", 3)
+    more = ["--out", tmp_path / "run", "--batching", "pad", "--compile", "off", "--epochs", 3, "--log-every", 1000]
+    with training(tiny, *more) as (loop, said):
+        steps = observe(loop, tape)
+        assert len(loop.step.launch.recorded) == 3 and not loop.step.launch.broken
+    assert sum("3 sizes of a step are recorded" in line for line in said) == 1
+    launched = [len(step.log.graph_launches) for step in steps]
+    assert len(steps) == 3 * 14 and {*launched} == {0, 1}
+    assert not any(step.new_shape for step in steps[launched.index(0) :])
+
+
+def test_what_lies_on_the_card_is_not_sent_to_it(tiny, tmp_path, tape):
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--graphs", "off") as (loop, _):
+        rows = loop.feed(loop.order(0, 0))
+        with pytest.raises(ValueError, match="on cuda:0"):
+            loop.step(rows._replace(where=rows.where.cuda()), 1e-3)
+        with pytest.raises(ValueError, match="on cuda:0"):
+            loop.step(rows._replace(source=torch.zeros(4, dtype=torch.int16, device="cuda")), 1e-3)
+
+
+def test_a_checkpoint_is_awaited_asleep(tiny, tmp_path, tape):
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--save-every", 5) as (loop, _):
+        tape.take()
+        loop.run(StopRequest())
+        waits = [entry for entry in tape.take().waits if entry.name == "cudaEventSynchronize"]
+    assert len(waits) == 3 and {entry.values["spins"] for entry in waits} == {"0"}
+
+
 def test_what_cannot_be_compiled_runs_plain_and_says_so(tiny, tmp_path, tape, monkeypatch):
     def broken(model):
         def refuse(*_):
@@ -309,9 +414,16 @@ def test_without_a_compiler_auto_runs_plain_and_says_so(tiny, tmp_path, tape, mo
         assert f"the model is not compiled: {why}" in said
 
 
-def test_triton_that_is_not_there_is_named(monkeypatch):
+def test_tools_that_are_not_there_are_named(monkeypatch, tmp_path):
     import sys
 
-    assert compile.why_not_compile(torch.device("cuda")) is None
-    monkeypatch.setitem(sys.modules, "triton", None)
-    assert "Triton cannot be imported" in compile.why_not_compile(torch.device("cuda"))
+    card = torch.device("cuda")
+    assert compile.why_not_compile(card) is None
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", None)
+        assert "Triton cannot be imported" in compile.why_not_compile(card)
+    with monkeypatch.context() as patch:
+        patch.setattr(compile, "_python_headers", lambda: tmp_path)
+        assert f"there is no Python.h in {tmp_path} " in compile.why_not_compile(card)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert compile.why_not_compile(card) == "there is no C compiler"
