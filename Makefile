@@ -26,10 +26,13 @@ test-pretend-gpu: $(GPU_VENV)/.installed
 $(GPU_VENV)/.installed: pyproject.toml tests/pretend_gpu/constraints.txt
 	@for tool in gcc nm; do command -v $$tool >/dev/null || \
 		{ echo "make test-pretend-gpu needs $$tool: install a C compiler and binutils (Debian: apt-get install gcc binutils)" >&2; exit 1; }; done
+	@test "$$(df -Pk . | awk 'NR == 2 {print $$4}')" -ge 8000000 || \
+		{ echo "make test-pretend-gpu needs 8 GB of disk for PyTorch's CUDA build: make room in $$PWD" >&2; exit 1; }
 	$(PYTHON) -m venv $(GPU_VENV)
 	@echo "installing into $(GPU_VENV) PyTorch's CUDA build (some minutes the first time)"
-	$(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint tests/pretend_gpu/constraints.txt \
-		--editable . pytest pytest-timeout pytest-xdist coverage
+	timeout 30m $(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		--constraint tests/pretend_gpu/constraints.txt --editable . pytest pytest-timeout pytest-xdist coverage || \
+		{ echo "make test-pretend-gpu: PyTorch's CUDA build could not be installed within 30 minutes, see above" >&2; exit 1; }
 	@touch $@
 
 bench: $(VENV)/.test

@@ -40,7 +40,7 @@ class Graphs:
 
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
-        for shape in sorted(shapes, key=lambda shape: (shape.packed, shape.longest), reverse=True):
+        for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
             self._record(shape)
 
     def __call__(self, shape: Shape) -> None:

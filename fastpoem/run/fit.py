@@ -228,8 +228,12 @@ def _choose_attention(
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:
-    """The shapes of batches that are known before training: all of them in bucket order, otherwise the first step's and its like."""
+    """The shapes of batches that are known before training: all of them in bucket order, otherwise the first step's and its like; of
+    padded ones also the largest, in whose memory the recordings of all others fit."""
     if isinstance(order, BucketOrder):
         return [Shape(order.batch, length) for length in order.lengths_used()]
     first = feed(order(0, 0)).shape
-    return [first] if first.packed else [first, first._replace(longest=(first.longest + 6) // 8 * 8 + 1)]
+    if first.packed:
+        return [first]
+    longest = int(feed.store.buckets[-1].lengths.max())
+    return [first._replace(longest=length) for length in (first.longest, (first.longest + 6) // 8 * 8 + 1, longest)]

@@ -92,6 +92,24 @@ def test_memory_is_what_weights_and_activations_need(tape, poems, capsys):
     del step, graphs
 
 
+@pytest.mark.parametrize("largest_first", [True, False])
+def test_recordings_share_the_memory_of_the_largest(tape, largest_first):
+    """They do not where they grow, one by one: that is the control, and why the largest is recorded before training begins."""
+    lengths = range(60, 301, 10)
+    step, _ = step_of(16, compiled=False)
+    step.source = torch.zeros(16 * 300, dtype=torch.int16, device=CARD)
+    held = []
+    graphs = Graphs(step, print)
+    for length in [300, *lengths] if largest_first else lengths:
+        graphs(Shape(16, length))
+        torch.cuda.empty_cache()
+        held.append(torch.cuda.memory_reserved())
+    assert len(graphs.recorded) == len(lengths) and not graphs.broken
+    grown = held[-1] - held[0]
+    assert grown <= 64 << 20 if largest_first else grown > 2 << 30, [at >> 20 for at in held]
+    del step, graphs
+
+
 def test_backward_of_our_loss_runs_its_own_kernels(tape):
     """In this thread, so that coverage sees what autograd's own thread runs on a card."""
     step, rows = step_of(2, compiled=False, dtype=torch.float32)
