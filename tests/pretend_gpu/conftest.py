@@ -29,6 +29,17 @@ CHANGES_NOTHING = {  # CUDA functions that are answered with a stub because noth
 }  # fmt: skip
 
 
+UNCOVERED = {
+    "COVERAGE_PROCESS_CONFIG": ""
+}  # for commands that compile much: coverage takes a quarter of their time, and others cover them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no worker is left alone with them."""
+    longest = ["test_compiled.py", "test_commands.py", "test_step.py", "test_tool.py"]
+    items.sort(key=lambda item: longest.index(item.path.name))
+
+
 def assert_sound(outcome, code=0):
     """It ended with `code`, no call was refused that a card would refuse, and nothing was used that is not modelled."""
     assert outcome.code == code, outcome.said

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TRAIN, assert_sound
+from conftest import TRAIN, UNCOVERED, assert_sound
 from pretend import cubins, kind_of
 
 from fastpoem.corpus.feed import Rows, Shape
@@ -18,10 +18,11 @@ CARD = torch.device("cuda:0")
 
 @pytest.mark.parametrize("sm", [80, 90])
 def test_no_kernel_spills(command, wide, tmp_path, sm):
-    """Every kernel that training at the full model's width and vocabulary compiles, ours and Inductor's."""
-    for number, more in enumerate((["--batching", "bucket"], ["--batching", "pack"], ["--precision", "fp32"])):
+    """Every kernel that training at the full model's width and vocabulary compiles, ours and Inductor's; in fp32 for one of the cards."""
+    forms = (["--batching", "bucket"], ["--batching", "pack"], ["--precision", "fp32"])
+    for number, more in enumerate(forms if sm == 90 else forms[:2]):
         flags = [*wide, "--out", tmp_path / f"run-{number}", "--max-steps", 3, "--compile", "on", *more]
-        assert_sound(command(TRAIN, *flags, sm=sm))
+        assert_sound(command(TRAIN, *flags, sm=sm, extra=UNCOVERED))
     found = cubins(command.cache / f"sm_{sm}")
     names = {one.name for one in found}
     assert {"whole_row", "update", "partial_squares", "step_scalars"} <= names and sum(
