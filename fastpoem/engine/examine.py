@@ -118,22 +118,26 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
 def _checks(
     device: torch.device, dtype: torch.dtype, compiler: str | None, quick: bool
 ) -> tuple[list[str], list[dict[str, str]]]:
-    """(the checks for this device, those left out and why)."""
+    """(the checks for this device, those left out and why). What is compiled takes most of the time: only what a run without flags uses."""
     gpu, kind = device.type == "cuda", str(dtype)[6:]
-    names: list[str] = []
-    for one, packed in ((dtype, False), (dtype, True), (torch.float32, False)):
-        names += checks.wanted(
-            one, vocabulary=checks.REAL.vocab_size, packed=packed, compiles=gpu and compiler is None, graphs=True
-        )
+    names, rest = list[str](), list[str]()
+    compiles = gpu and compiler is None
+    for one, packed in dict.fromkeys([(dtype, False), (dtype, True), (torch.float32, False)]):
+        uses: dict[str, Any] = dict(vocabulary=checks.REAL.vocab_size, packed=packed, graphs=True)
+        usual = (one, packed) == (dtype, False)
+        names += checks.wanted(one, compiles=compiles and usual, **uses)
+        rest += checks.wanted(one, compiles=compiles, **uses)
     names = sorted(dict.fromkeys(names), key=lambda name: PIECES.index(name.split()[0]))
-    full = [f"compiled {kind} full", f"replay {kind} full compiled"]
     if not gpu:
         return names, [{"name": "compiled", "reason": "training on a CPU does not compile"}]
     if compiler is not None:
         return names, [{"name": "compiled", "reason": compiler}]
+    left = [name for name in dict.fromkeys(rest) if name not in names]
+    skipped = [{"name": name, "reason": "checked when a run first uses it"} for name in left]
+    full = [f"compiled {kind} full", f"replay {kind} full compiled"]
     if quick:
-        return names, [{"name": name, "reason": "--quick"} for name in full]
-    return names + full, []
+        return names, [*skipped, *({"name": name, "reason": "--quick"} for name in full)]
+    return names + full, skipped
 
 
 def _tried(run: Callable[[], Any], form: str) -> Any:
