@@ -101,7 +101,8 @@ def test_the_embedded_default_ends_with_a_poem(command, tmp_path):
 
 @pytest.mark.parametrize("graphs", ["off", "on"])
 def test_another_card_is_used_and_no_other(command, tiny, tmp_path, graphs):
-    flags = [*tiny, "--device", "cuda:7", "--out", tmp_path / "run", "--epochs", 2, "--graphs", graphs]
+    flags = [*tiny, "--device", "cuda:7", "--out", tmp_path / "run", "--compile", graphs]
+    flags += ["--graphs", graphs, "--epochs", 2]
     outcome = command(TRAIN, *flags, devices=8)
     assert_sound(outcome)
     used = {
@@ -111,7 +112,7 @@ def test_another_card_is_used_and_no_other(command, tiny, tmp_path, graphs):
         if "device" in entry.values
     }
     assert used == {"7"}
-    outcome = command(TRAIN, *flags[:-4], "--epochs", 3, "--resume", "--graphs", graphs, devices=8)
+    outcome = command(TRAIN, *flags[:-1], 3, "--resume", devices=8)
     assert_sound(outcome)
     refused = command(TRAIN, *tiny, "--device", "cuda:7", devices=2)
     assert refused.code == 2

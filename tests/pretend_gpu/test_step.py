@@ -20,6 +20,7 @@ from fastpoem.engine import build, compile
 from fastpoem.engine.compile import forms
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.step import Pieces, account, rng_state
+from fastpoem.errors import InputError
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
 from fastpoem.run.metrics import Voice
@@ -218,6 +219,11 @@ def test_a_planted_item_breaks_the_recording_and_training_goes_on(tiny, tmp_path
         assert step.log.waits and not step.log.graph_launches
         with pytest.raises(AssertionError):
             step.assert_lean()
+    with (
+        pytest.raises(InputError, match="--graphs on: the step could not be recorded here"),
+        training(tiny, "--out", tmp_path / "on", "--compile", "off", "--graphs", "on"),
+    ):
+        pass
 
 
 def _keeps_memory(device: torch.device):
