@@ -23,7 +23,7 @@ class DoctorConfig:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
-    """Small models only, three steps instead of ten, and no comparison with the notebook's loop."""
+    """Small models only, three steps instead of ten on a GPU, and no comparison with the notebook's loop."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -93,7 +93,7 @@ def show(report: dict[str, Any]) -> None:
     console.print()
 
     speed = table(
-        "Ten steps of the real model, and an epoch of 217,561 poems",
+        "A step of the real model, and an epoch of 217,561 poems",
         "form",
         "ms a step",
         "poems/s",

@@ -72,7 +72,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     }
 
     say("training the real model for a moment")
-    lengths = trial.THIRDS if quick else trial.LENGTHS
+    lengths = trial.LENGTHS if gpu and not quick else trial.THIRDS
     trials = []
     for compiles, graphs in ((False, False), (False, True), (True, False), (True, True)) if gpu else ((False, False),):
         form = " + ".join([*["compiled"] * compiles, *["graphs"] * graphs]) or "plain"
@@ -88,7 +88,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         say(f"  {form}: {_milliseconds(trials[-1].step_ms)}")
     notebook = None
     if not quick:
-        longest, rounds = (trial.LONGEST, 3) if gpu else (trial.HALVES, 1)
+        longest, rounds = (trial.LONGEST, 3) if gpu else (trial.MEAN, 1)
         notebook = _tried(partial(trial.notebook, device, longest=longest, rounds=rounds), "the notebook's loop")
         say(f"  {notebook.form}: {_milliseconds(notebook.step_ms)}")
 
