@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastpoem_kernels import cross_entropy
 
+from benchmarks.race import ROOT
 from benchmarks.scene import DEVICES
 
 ROWS, VOCABULARY = 1030, 21128
@@ -72,8 +73,8 @@ def test_cross_entropy(benchmark, form, dtype, device):
 
 def extra_memory(form, dtype):
     """MiB that a fresh process needs at its peak beyond holding the logits."""
-    command = [sys.executable, __file__, form, str(dtype)[6:]]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    command = [sys.executable, "-m", "benchmarks.test_kernels_loss", form, str(dtype)[6:]]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
 
 
 if __name__ == "__main__":
