@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastpoem_kernels import native
+from fastpoem_kernels import cross_entropy, native
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.engine.optim import FlatAdamW
@@ -191,6 +192,41 @@ def test_everything_holds_without_a_compiler(suite):
     assert done.returncode == 0, done.stdout[-2000:]
 
 
+def gradients(model, ids):
+    torch.manual_seed(1)
+    result = cross_entropy(model(ids), ids.flatten())
+    result.loss.backward()
+    return result.loss.item(), next(model.parameters()).main_grad.clone()
+
+
+def test_torchs_default_dtype_changes_nothing():
+    model = GPT2(GPT2Config(50, 20, 24, 1, 3))
+    model.initialise(0)
+    FlatAdamW(model.train(), torch.device("cpu"), torch.float32, weight_decay=0.01, max_norm=1.0)
+    ids = torch.arange(80).view(4, 20) % 50
+    before, expected = torch.get_default_dtype(), gradients(model, ids)
+    try:
+        for dtype in (torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            loss, gradient = gradients(model, ids)
+            assert loss == expected[0] and torch.equal(gradient, expected[1]), dtype
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_what_has_no_float32_memory_is_left_to_pytorch():
+    """A product under autocast is bfloat16 and a FakeTensor's memory is nowhere: C would write beyond both."""
+    x = torch.ones(2, 3)
+    assert native.usable(x, torch.nn.Parameter(x))
+    assert not native.usable(x, x.t()) and not native.usable(x, x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not native.usable(x)
+    with FakeTensorMode():
+        model = GPT2(GPT2Config(50, 20, 24, 1, 3)).train()
+        assert not native.usable(model.transformer.wte.weight)
+        model(torch.zeros(2, 20, dtype=torch.int64)).sum().backward()
+
+
 WHY = "from fastpoem_kernels import native; import torch; print(native.why_not()); print(native.usable(torch.ones(3)))"
 
 
@@ -211,6 +247,7 @@ def compiler(folder: Path, script: str) -> dict[str, str]:
 @pytest.mark.parametrize("script, says", [
     ("echo 'cc1: no such option' >&2; exit 1", "gcc failed: cc1: no such option"),
     ("exit 3", "gcc failed: exit code 3"),
+    (r"printf 'not\377utf-8' >&2; exit 1", "gcc failed: not"),
     ('for goal; do :; done; echo no library > "$goal"', "file too short"),
 ])  # fmt: skip
 def test_a_compiler_that_fails_is_said_and_done_without(tmp_path, script, says):

@@ -117,7 +117,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, p: float
 
 def _project_backward(dy: Tensor, x: Tensor, weight: Any, bias: Any, drawn: Drawn) -> Tensor:
     """dy (B, T, D) -> dx (N, in); writes the gradients of weight and bias."""
-    d = torch.empty(len(x), dy.shape[-1])
+    d = dy.new_empty(len(x), dy.shape[-1])
     native.run("drop_add_backward", dy.contiguous(), d, bias.main_grad, *d.shape, *drawn)
     torch.mm(x.t(), d, out=weight.main_grad)
     return d @ weight.t()

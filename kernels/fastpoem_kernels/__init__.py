@@ -3,8 +3,9 @@
 `cross_entropy`: loss, gradient and accuracy of `[N, V]` logits from one read and one write of them.
 `clipped_adamw_`: gradient norm, clipping and AdamW over one flat buffer, without asking the device anything.
 
-Both run as Triton kernels on CUDA tensors, as blocked PyTorch on CPU tensors, and as Triton kernels under the interpreter
-on CPU tensors with `TRITON_INTERPRET=1`. The package stands alone: it needs PyTorch, and Triton where there is a GPU.
+Both run as Triton kernels on CUDA tensors, as blocked PyTorch (the loss as C where gcc is) on CPU tensors, and as Triton
+kernels under the interpreter on CPU tensors with `TRITON_INTERPRET=1`. The package stands alone: it needs PyTorch, and Triton
+where there is a GPU.
 """
 
 from fastpoem_kernels.adamw import clipped_adamw_

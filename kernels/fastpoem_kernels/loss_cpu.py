@@ -30,7 +30,7 @@ def cross_entropy(
     if rows and (index.min() < 0 or index.max() >= vocabulary):
         raise IndexError(f"a target lies outside the vocabulary of {vocabulary}")
     valid = rows - ignored.sum()
-    weight = valid.clamp(min=1).reciprocal()  # float32
+    weight = valid.clamp(min=1).float().reciprocal()
     if native.usable(logits):
         losses, hits = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.bool)
         native.run(
@@ -61,7 +61,7 @@ def _in_pytorch(logits: Tensor, index: Tensor, weight: Tensor, overwrite: bool) 
     hits, columns = [False] * rows, index.tolist()
     in_place = overwrite and logits.dtype == torch.float32 and logits.is_contiguous()
     step = max(1, rows if in_place else SLICE // (4 * vocabulary))
-    scratch = None if in_place else torch.empty(min(step, rows), vocabulary)
+    scratch = None if in_place else torch.empty(min(step, rows), vocabulary, dtype=torch.float32)
     for start in range(0, rows, step):
         part, wanted = logits[start : start + step], index[start : start + step, None]  # (n, V), (n, 1)
         work = part if scratch is None else scratch[: len(part)].copy_(part)  # (n, V) float32

@@ -33,8 +33,13 @@ def why_not() -> str | None:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Are these float32 on the CPU and without gaps, and is native.c there?"""
-    return all(t.is_cpu and t.dtype == torch.float32 and t.is_contiguous() for t in tensors) and why_not() is None
+    """Are these in the CPU's memory, float32 and without gaps, will products of them be float32 too, and is native.c there?"""
+    return all(_suits(t) for t in tensors) and not torch.is_autocast_enabled("cpu") and why_not() is None
+
+
+def _suits(t: Tensor) -> bool:
+    real = type(t) in (Tensor, torch.nn.Parameter)  # others, such as a FakeTensor, need not have memory of their own
+    return real and t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()
 
 
 def run(name: str, *arguments: Tensor | float) -> None:
@@ -53,22 +58,27 @@ def _loaded() -> ctypes.CDLL | str:
     """The library, or why there is none."""
     if sys.platform != "linux":
         return "it is made for Linux"
-    compiler, openmp = shutil.which("gcc"), _openmp_in_use()
-    if compiler is None or openmp is None:
-        return "gcc is not installed" if compiler is None else "PyTorch has no OpenMP here"
-    command = [compiler, *COMPILE.split(), str(SOURCE), openmp, *LINK.split()]
     try:
+        compiler, openmp = shutil.which("gcc"), _openmp_in_use()
+        if compiler is None or openmp is None:
+            return "gcc is not installed" if compiler is None else "PyTorch has no OpenMP here"
+        command = [compiler, *COMPILE.split(), str(SOURCE), openmp, *LINK.split()]
         library = _kept_at(command)
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 made = Path(folder) / library.name
-                subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=60)
+                command += ["-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=60)
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())  # or a power failure may leave it empty under the name that is kept
                 made.replace(library)
         return ctypes.CDLL(str(library))
     except subprocess.CalledProcessError as error:
         return f"gcc failed: {(error.stderr.strip().splitlines() or [f'exit code {error.returncode}'])[-1]}"
-    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        return "gcc took more than a minute"
+    except (OSError, RuntimeError) as error:
         return str(error)
 
 
