@@ -50,6 +50,12 @@ static inline float kept(uint64_t seed, uint32_t element, size dropped, float sc
 /* Dropped with probability dropped / 2^32, the rest scaled so that the expectation is exact. */
 static float scale_of(size dropped) { return (float)(4294967296.0 / (4294967296.0 - dropped)); }
 
+/* How many columns a thread sums at a time: its share, but no more than a stack has room for. */
+static size stripe_of(size width, int threads) {
+    size share = (width + threads - 1) / threads;
+    return share < 16384 ? share : 16384;
+}
+
 /* h (N, W) += bias (W,); y = gelu(h) */
 void bias_gelu(float *restrict h, const float *restrict bias, float *restrict y, size rows, size width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -66,7 +72,7 @@ void bias_gelu(float *restrict h, const float *restrict bias, float *restrict y,
 
 /* dy (N, W) becomes dh; dbias (W,) its sum over rows. A thread has columns of its own, so the sums need no second stage. */
 void gelu_backward(const float *restrict h, float *restrict dy, float *restrict dbias, size rows, size width, int threads) {
-    size stripe = (width + threads - 1) / threads;
+    size stripe = stripe_of(width, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size from = 0; from < width; from += stripe) {
         size n = width - from < stripe ? width - from : stripe;
@@ -107,7 +113,7 @@ void drop_add_backward(const float *restrict dy, float *restrict dx, float *rest
                        size dropped, int threads) {
     uint64_t bits = *seed;
     float scale = scale_of(dropped);
-    size stripe = (width + threads - 1) / threads;
+    size stripe = stripe_of(width, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size from = 0; from < width; from += stripe) {
         size n = width - from < stripe ? width - from : stripe;
