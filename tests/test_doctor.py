@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import stat
 import subprocess
@@ -442,6 +443,16 @@ def test_what_could_not_begin_is_not_held_against_the_card(a_card):
     a_card.outcome.clear()
     assert decide(a_card).compile
     assert a_card.ran == [*USED, "compiled bfloat16"]
+
+
+def test_numbers_that_are_none_are_wrong_numbers(a_card, monkeypatch, capsys):
+    """They are said and remembered on their way out of the process that found them."""
+    wrong = Record("clipped_adamw float32", False, error=math.inf, tolerance=1e-6)
+    monkeypatch.setattr(checks, "run", lambda name, device: [wrong])
+    checks.main(["cpu", "kernels 101"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    trust.remember("card", {told["check"]: [Record(**fields) for fields in told["records"]]})
+    assert trust.remembered("card") == {"kernels 101": {"clipped_adamw float32": "error inf, 1e-06 allowed"}}
 
 
 def test_a_verdict_depends_on_card_driver_versions_and_source(monkeypatch):

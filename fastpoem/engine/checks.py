@@ -5,8 +5,9 @@ has a check here that takes seconds, runs on any device, and fails when the path
 number is zero, or the weights did not move, that is a failure too.
 
 A check is named by a line: `kernels 21128` (the vocabulary), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`,
-`full` (the real model's shape), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs checks in a process of their own (`fastpoem.engine.trust`), because a
-kernel that writes where it should not leaves a CUDA context in which nothing works any more.
+`full` (the real model's shape), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs
+checks in a process of their own (`fastpoem.engine.trust`), because a kernel that writes where it should not leaves a CUDA context in which
+nothing works any more.
 """
 
 from __future__ import annotations
@@ -416,15 +417,15 @@ def as_json(record: Record) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """DEVICE NAME…: a line of JSON for each check begun and each record. Ends after the first check that fails: what it has done to the
-    CUDA context must not be held against the next."""
+    """DEVICE NAME…: a line of JSON (Python's, which has NaN) for each check begun and each one's records. Ends after the first check that
+    fails: what it has done to the CUDA context must not be held against the next."""
     device = choose_device(arguments[0])
     if device.type == "cuda":
         torch.zeros((), device=device)
     for name in arguments[1:]:
         print(json.dumps({"begins": name}), flush=True)
         records = run(name, device)
-        print(json.dumps({"check": name, "records": [as_json(record) for record in records]}), flush=True)
+        print(json.dumps({"check": name, "records": [dataclasses.asdict(record) for record in records]}), flush=True)
         if not all(record.ok for record in records):
             return
 

@@ -268,9 +268,9 @@ def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(everything, file, ensure_ascii=False, indent=1)
+                json.dump(everything, file, indent=1)
             os.replace(name, path)
-        except OSError:
+        except BaseException:
             os.unlink(name)
             raise
 
