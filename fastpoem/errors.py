@@ -4,8 +4,6 @@ Commands print it as one line on stderr and exit with code 2. `Ended` is their o
 its user, brought to an end. Everything else is a bug and keeps its traceback.
 """
 
-import textwrap
-
 
 class Ended(RuntimeError):
     """A run that could not go on or could not be saved: what happened, and what to do. One line."""
@@ -21,5 +19,5 @@ class InputError(Exception):
 
 def first_line(error: BaseException) -> str:
     """What an exception says, as a part of a sentence: its first line, cut where it is long; its kind where it says nothing."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return textwrap.shorten(lines[0], 160, placeholder=" …")
+    line, *_ = str(error).strip().splitlines() or [type(error).__name__]
+    return line if len(line) <= 160 else f"{line[:158]} …"

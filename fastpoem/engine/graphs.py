@@ -81,13 +81,18 @@ class Graphs:
                     step.work(shape)
         except Exception as error:  # what is wrong with the step itself will be raised by the plain one
             self.broken = True
-            first: BaseException = error  # the last one only says that there was another
-            while first.__context__ is not None:
-                first = first.__context__
-            which = f"a step of {shape.longest} tokens" if self.recorded else "the step"
-            self.say(
-                f"{which} could not be recorded as a CUDA graph ({first_line(first)}): its kernels are launched one by one"
-            )
+            reason = first_line(_first_cause(error))
+            if self.recorded:
+                which = (
+                    f"a step of {shape.packed} tokens" if shape.packed else f"a step of poems of {shape.longest} tokens"
+                )
+                self.say(
+                    f"{which} could not be recorded as a CUDA graph ({reason}): it and new sizes are launched kernel by kernel"
+                )
+            else:
+                self.say(
+                    f"the step could not be recorded as a CUDA graph ({reason}): its kernels are launched one by one"
+                )
         else:
             self.recorded[shape] = graph.replay
             self.bytes += free - torch.cuda.mem_get_info(device)[0]
@@ -103,3 +108,11 @@ class Graphs:
             gradient.fill_(torch.nan)
         step.optimizer.lr.fill_(torch.nan)
         step.account.last.fill_(torch.nan)
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The last one only says that there was another. A function of its own: kept by a name in the frame where it was caught, it and its
+    traceback would hold each other, and with them the activations of the step that failed."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error

@@ -38,7 +38,7 @@ def enough_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
         asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error))
         held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
         reason = (
-            f"{device} has {_gib(total)}, of which training held {_gib(held)} when it asked for {asked[1] if asked else 'more'}"
+            f"{device} has {_gib(total)}, of which training held {_gib(held)} at the most, and asked for {asked[1] if asked else 'more'}"
             f" ({_gib(total - free - reserved)} are the driver's and other processes')"
         )
         less = ["a smaller --batch-size"] * (config.batch_size > 1) + ["--precision bf16"] * (
