@@ -32,7 +32,7 @@ $(GPU_VENV)/.installed: pyproject.toml tests/pretend_gpu/constraints.txt
 	@echo "installing into $(GPU_VENV) PyTorch's CUDA build (some minutes the first time)"
 	timeout 30m $(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
 		--constraint tests/pretend_gpu/constraints.txt --editable . pytest pytest-timeout pytest-xdist coverage || \
-		{ echo "make test-pretend-gpu: PyTorch's CUDA build could not be installed within 30 minutes, see above" >&2; exit 1; }
+		{ echo "make test-pretend-gpu: PyTorch's CUDA build could not be installed (it is given 30 minutes), see above" >&2; exit 1; }
 	@touch $@
 
 bench: $(VENV)/.test

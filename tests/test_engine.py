@@ -138,3 +138,28 @@ def test_compiled_gradients_reach_the_flat_buffer():
         a, b = eager.result(), step.result()
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.norm == pytest.approx(b.norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "says",
+    ["CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"],
+)
+def test_whoever_runs_out_of_a_cards_memory(monkeypatch, says):
+    """PyTorch's allocator, the driver and cuBLAS say it in errors of different kinds; any other error is left as it is."""
+    from fastpoem.config import TrainConfig
+    from fastpoem.engine.memory import enough_memory
+    from fastpoem.errors import InputError
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 8 << 30))
+    for name in ("max_memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 6 << 30)
+    card = torch.device("cuda:0")
+    with (
+        pytest.raises(InputError, match=r"cuda:0 has 8.0 GiB, of which training held 6.0 GiB"),
+        enough_memory(TrainConfig(), card),
+    ):
+        raise RuntimeError(says)
+    with pytest.raises(RuntimeError, match="misaligned"), enough_memory(TrainConfig(), card):
+        raise RuntimeError("CUDA error: misaligned address")
+    with pytest.raises(RuntimeError), enough_memory(TrainConfig(), torch.device("cpu")):
+        raise RuntimeError(says)

@@ -33,7 +33,9 @@ def enough_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
     """Inside, a GPU whose memory runs out is an InputError: how much there is, was held and asked for, and which flags need less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # PyTorch's allocator has a kind of its own for it, the CUDA libraries have not
+        if device.type != "cuda" or not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
         free, total = torch.cuda.mem_get_info(device)
         asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error))
         held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)
