@@ -4,6 +4,7 @@ pytest itself runs under the pretend GPU (`pretend.py test` sees to that), so te
 another card, or to be on their own, run as processes.
 """
 
+import gc
 import json
 import os
 import signal
@@ -136,7 +137,8 @@ def wide(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def tape() -> Tape:
-    """This process' launch log, empty."""
+    """This process' launch log, empty, and none of an earlier test's memory left to be freed within."""
+    gc.collect()
     torch.cuda.synchronize()
     tape = Tape()
     tape.take()
