@@ -451,7 +451,7 @@ def test_rows_that_are_no_file(base, tmp_path, make, resume):
 def test_checkpoints_on_another_disk(base, tmp_path):
     memory = Path("/dev/shm")
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("needs a second disk")
+        pytest.skip("needs a second file system: here /dev/shm is none")
     (tmp_path / "checkpoints").symlink_to(memory)
     with pytest.raises(InputError, match="checkpoints: is on another disk; put the whole run there with --out"):
         fastpoem.fit(**settings(base, out=str(tmp_path)))

@@ -13,10 +13,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from fastpoem_kernels import native
 from torch import Tensor
 
-from fastpoem.model import fused, ops
+from fastpoem.model import ops
 
 
 class Packing(NamedTuple):
@@ -50,7 +49,7 @@ def causal_attention(
         out = causal_attention(padded, heads, scale, dropout, None)  # (P, T, D)
         return out.reshape(-1, out.shape[-1]).index_select(0, packing.fold)[None]  # (1, N, D)
     if _keeps_weights(qkv, dropout):
-        return (fused if native.usable(qkv) else ops).CausalAttention.apply(qkv, heads, scale, dropout)
+        return ops.CausalAttention.apply(qkv, heads, scale, dropout)
     q, k, v = (
         x.view(batch, length, heads, width // heads).transpose(1, 2) for x in qkv.split(width, dim=-1)
     )  # (B, H, T, D / H)
