@@ -1,4 +1,4 @@
-"""native.c, compiled for this processor when it is first wanted and kept: what a float32 step on a CPU uses where it can.
+"""The C of this folder, compiled for this processor when it is first wanted and kept: what a float32 step on a CPU uses where it can.
 
 gcc is needed once and takes about a second; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
 shares PyTorch's OpenMP threads: with a pool of its own the two would wait for the same cores.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 COMPILE = "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
 LINK = "-nodefaultlibs -lm -lc"  # or -fopenmp would bring an OpenMP of its own
 
@@ -62,7 +62,13 @@ def _loaded() -> ctypes.CDLL | str:
         compiler, openmp = shutil.which("gcc"), _openmp_in_use()
         if compiler is None or openmp is None:
             return "gcc is not installed" if compiler is None else "PyTorch has no OpenMP here"
-        command = [compiler, *COMPILE.split(), str(SOURCE), openmp, *LINK.split()]
+        command = [
+            compiler,
+            *COMPILE.split(),
+            *(str(file) for file in SOURCES if file.suffix == ".c"),
+            openmp,
+            *LINK.split(),
+        ]
         library = _kept_at(command)
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +99,6 @@ def _kept_at(command: list[str]) -> Path:
     processor = {
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if re.match("flags|Features|model", line)
     }
-    key = repr([SOURCE.read_bytes(), command, os.stat(command[0]).st_mtime_ns, sorted(processor)])
+    key = repr([[file.read_bytes() for file in SOURCES], command, os.stat(command[0]).st_mtime_ns, sorted(processor)])
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "fastpoem" / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"

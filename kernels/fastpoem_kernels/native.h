@@ -1,0 +1,42 @@
+/* What the C of this folder shares: e^x, and the random bits of dropout.
+
+   Random bits are a hash of a seed and an element's number, so that a backward pass makes a mask again instead of reading it, and any number
+   of threads makes the same one. */
+
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef int64_t size;
+
+/* e^x for x <= 88, to 1e-7 of itself: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf). 0 below -87.3, so that nothing here
+   computes with denormal numbers, which processors do a hundred times slower. NaN stays NaN. */
+static inline float exponential(float x) {
+    float y = x < -87.3f ? -87.3f : x;
+    float n = rintf(y * 1.44269504f);
+    float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * r) * r + r + 1.0f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return x < -87.3f ? 0.0f : p * power;
+}
+
+/* Two rounds of a 32-bit mixer (Wellons' lowbias32), the seed's halves entering before each. */
+static inline uint32_t mixed(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+static inline float kept(uint64_t seed, uint32_t element, size dropped, float scale) {
+    return mixed(mixed(element + (uint32_t)seed) ^ (uint32_t)(seed >> 32)) >= (uint32_t)dropped ? scale : 0.0f;
+}
+/* Dropped with probability dropped / 2^32, the rest scaled so that the expectation is exact. */
+static float scale_of(size dropped) { return (float)(4294967296.0 / (4294967296.0 - dropped)); }
