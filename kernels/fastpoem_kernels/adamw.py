@@ -11,6 +11,7 @@ Formulae: `torch.nn.utils.clip_grad_norm_` (factor = min(1, limit / (norm + 1e-6
 import torch
 from torch import Tensor
 
+from fastpoem_kernels import native
 from fastpoem_kernels.dispatch import runs_triton
 from fastpoem_kernels.operators import fake, operator
 
@@ -82,13 +83,18 @@ def _clipped_adamw(
     step.add_(finite)
     if finite:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-        scale = factor.reciprocal() if factor < 1 else None
-        for p, g, m, v in zip(*(t.split(_piece(grad)) for t in (param, grad, exp_avg, exp_avg_sq)), strict=True):
-            torch._fused_adamw_(
-                [p], [g.float()], [m], [v], [], [step],
-                lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-                grad_scale=scale,
-            )  # fmt: skip
+        t, rate = step.item(), lr.item()
+        for p, g, m, v in zip(*(x.split(_piece(grad)) for x in (param, grad, exp_avg, exp_avg_sq)), strict=True):
+            if native.usable(p, g := g.float(), m, v):
+                decay, rise, root = 1 - rate * weight_decay, 1 - beta1**t, (1 - beta2**t) ** -0.5
+                new = 1 - beta1, 1 - beta2
+                native.run("adamw", p, g, m, v, len(p), factor.item(), decay, *new, rate / rise, root, eps)
+            else:
+                torch._fused_adamw_(
+                    [p], [g], [m], [v], [], [step],
+                    lr=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+                    grad_scale=factor.reciprocal() if factor < 1 else None,
+                )  # fmt: skip
     if low_precision is not None:
         low_precision.copy_(param)
     return norm, ~finite
@@ -96,10 +102,18 @@ def _clipped_adamw(
 
 def _norm(grad: Tensor) -> Tensor:
     """L2 norm from sums over fixed blocks, added in float64: the same for any number of threads, and exact to float32."""
-    whole = grad[: grad.numel() // BLOCK * BLOCK].split(_piece(grad))
-    norms = [torch.linalg.vector_norm(piece.float().view(-1, BLOCK), dim=1) for piece in whole]
-    rest = torch.linalg.vector_norm(grad[sum(map(len, whole)) :].float())
-    return torch.cat([*norms, rest[None]]).double().norm().float()
+    return torch.cat([_block_norms(piece.float()) for piece in grad.split(_piece(grad))]).norm().float()
+
+
+def _block_norms(grad: Tensor) -> Tensor:
+    """(ceil(P / BLOCK),) float64, of a float32 gradient."""
+    if native.usable(grad):
+        squares = torch.empty(-(-len(grad) // BLOCK), dtype=torch.float64)
+        native.run("squares", grad, len(grad), squares, BLOCK)
+        return squares.sqrt_()
+    whole = len(grad) // BLOCK * BLOCK
+    norms = torch.linalg.vector_norm(grad[:whole].view(-1, BLOCK), dim=1)
+    return torch.cat([norms, torch.linalg.vector_norm(grad[whole:])[None]]).double()
 
 
 def _piece(grad: Tensor) -> int:
