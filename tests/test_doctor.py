@@ -16,7 +16,7 @@ from fastpoem_kernels.check import Record, check
 
 from fastpoem import doctor
 from fastpoem.config import TrainConfig
-from fastpoem.engine import checks, examine, machine, trial, trust
+from fastpoem.engine import check_attention, checks, examine, machine, trial, trust
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import kernels_without
 from fastpoem.engine.step import Pieces
@@ -238,8 +238,9 @@ def across_poems(qkv, heads, scale, dropout, packing, varlen):
     ],
 )  # fmt: skip
 def test_wrong_attention_is_found(fault, dtype, packed, monkeypatch):
-    monkeypatch.setattr(checks, "causal_attention", fault)
-    assert not right(checks.attention(CPU, dtype, packed, heads=4))
+    monkeypatch.setattr(check_attention, "causal_attention", fault)
+    batch = checks.batches(True, count=1)[0] if packed else None
+    assert not right(check_attention.attention(CPU, dtype, batch, heads=4))
 
 
 # Trust
@@ -571,7 +572,7 @@ def test_what_is_wrong_is_exit_code_1(small_doctor, fault, capsys, monkeypatch):
         raise RuntimeError("out of memory\nand more")
 
     if fault == "check":
-        monkeypatch.setattr(checks, "causal_attention", no_dropout)
+        monkeypatch.setattr(check_attention, "causal_attention", no_dropout)
     else:
         monkeypatch.setattr(trial, "train", broken)
     assert doctor.main(["--device", "cpu", "--quick", "--json"]) == 1
