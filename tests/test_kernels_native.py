@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep
-from fastpoem.model import ops
+from fastpoem.model import fused
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -62,7 +62,7 @@ def test_a_row_wider_than_a_stack():
     F.gelu(exact, approximate="tanh").sum().backward()
     native.run("gelu_backward", x, dx, dbias, 1, width)
     assert worst(dx, exact.grad) < 3e-6 and torch.equal(dx[0], dbias)
-    native.run("drop_add_backward", x, dx, dbias, 1, width, *ops.draw(0.5))
+    native.run("drop_add_backward", x, dx, dbias, 1, width, *fused.draw(0.5))
     torch.set_num_threads(before)
     assert torch.equal(dx[0], dbias) and abs((dx == 0).double().mean() - 0.5) < 0.01
 
@@ -82,7 +82,7 @@ def test_residual_sum_and_its_gradient_drop_the_same(rows, width, seed, p):
     torch.manual_seed(seed)
     x, residual, upstream = torch.randn(3, rows, width)
     bias = torch.randn(width)
-    drawn = ops.draw(p)
+    drawn = fused.draw(p)
     mask = dropped((rows, width), p, drawn).double()
     out, dx, dbias = x.clone(), torch.empty(rows, width), torch.empty(width)
     native.run("drop_add", out, bias, residual, rows, width, *drawn)
@@ -96,7 +96,7 @@ def test_residual_sum_and_its_gradient_drop_the_same(rows, width, seed, p):
 @pytest.mark.parametrize("p", [0.1, 0.5, 1e-3, 0.999])
 def test_dropout_is_independent_from_element_to_element_and_seed_to_seed(p):
     torch.manual_seed(0)
-    first, second = (dropped((1000, 1001), p, ops.draw(p)) for _ in range(2))
+    first, second = (dropped((1000, 1001), p, fused.draw(p)) for _ in range(2))
     n = first.numel()
     for mask in (first, second):
         kept = mask != 0
@@ -109,44 +109,9 @@ def test_dropout_is_independent_from_element_to_element_and_seed_to_seed(p):
     assert all(abs(pair.mean().item() / (p * (1 - p))) < 5 / math.sqrt(n) for pair in pairs)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.integers(1, 5),
-    st.integers(1, 70),
-    st.integers(0, 2**31),
-    st.sampled_from([0.0, 0.3]),
-    st.sampled_from([0.1, 8.0]),
-)
-def test_attention_weights(heads, length, seed, p, scale):
-    torch.manual_seed(seed)
-    products, upstream = torch.randn(heads, length, length) * 3, torch.randn(heads, length, length)
-    drawn = ops.draw(p)
-    mask = dropped((heads * length, length), p, drawn).view(heads, length, length).double()
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    exact = products.double().requires_grad_()
-    reference = (exact * scale).masked_fill(future, -math.inf).softmax(-1)
-    (reference * mask).backward(upstream.double())
-    weights, left, d = products.clone(), torch.empty_like(products), upstream.clone()
-    native.run("causal_softmax", weights, left, heads, length, scale, *drawn)
-    native.run("causal_softmax_backward", weights, left, d, heads, length, scale)
-    assert (weights.double() - reference).abs().max() < 3e-6
-    assert (left.double() - reference * mask).abs().max() < 3e-6 * mask.max().clamp(min=1)
-    assert not weights.masked_select(future).any() and not left.masked_select(future).any()
-    assert (d.double() - exact.grad).abs().max() < 1e-5 * scale * mask.max().clamp(min=1)
-
-
-def test_attention_weights_of_one_giant_and_of_nan():
-    products = torch.tensor([[[0.0, 9e9], [1e30, -1e30]], [[math.nan, 0.0], [0.0, 0.0]]])
-    left = torch.empty_like(products)
-    native.run("causal_softmax", products, left, 2, 2, 1.0, *ops.draw(0.0))
-    assert (
-        products[0].tolist() == [[1, 0], [1, 0]] and products[1, 0, 0].isnan() and products[1, 1].tolist() == [0.5, 0.5]
-    )
-
-
 def test_any_number_of_threads_gives_the_same_numbers():
     torch.manual_seed(0)
-    drawn, before, made = ops.draw(0.2), torch.get_num_threads(), []
+    drawn, before, made = fused.draw(0.2), torch.get_num_threads(), []
     x, upstream = torch.randn(2, 53, 131)
     for count in (1, 3):
         torch.set_num_threads(count)

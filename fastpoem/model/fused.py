@@ -1,9 +1,9 @@
 """Pieces of the network whose passes between the products are fastpoem_kernels' C: the float32 step on a CPU, where gcc is.
 
 What `fastpoem.model.ops` does for every weight (its gradient written straight into the flat buffer), and beside it: GELU with its bias, the
-residual sum with its bias and dropout are one pass each, forward and backward, and what is dropped is drawn again from its seed instead of
-being kept. Numbers differ from PyTorch's only by rounding; what dropout draws differs from what
-`ops` would draw.
+residual sum with its bias and dropout are one pass each, forward and backward, attention is one task a head, which keeps nothing of (T, T),
+and what is dropped is drawn again from its seed instead of being kept.
+Numbers differ from PyTorch's only by rounding; what dropout draws differs from what `ops` would draw.
 """
 
 from __future__ import annotations
@@ -15,12 +15,58 @@ from fastpoem_kernels import native
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpoem.model.ops import Drawn, direct, draw
+from fastpoem.model.attention import Packing
+from fastpoem.model.ops import direct
 
 
 def usable(x: Tensor, weight: Tensor) -> bool:
     """Should `x` go through these pieces with `weight`?"""
     return direct(weight) and native.usable(x, weight)
+
+
+Drawn = tuple[Tensor, int]
+
+
+def draw(p: float) -> Drawn:
+    """(seed (1,) int64 from PyTorch's generator, elements dropped of 2^32) for dropout with probability p."""
+    return torch.empty(1, dtype=torch.int64).random_(-(2**63), None), min(round(p * 2**32), 2**32 - 1)
+
+
+class Attention(torch.autograd.Function):
+    """x (B, T, D) -> (B, T, D): causal attention of q, k, v = x @ weight (D, 3 * D) + bias, its weights dropped with probability p.
+
+    With `packing`, B = 1 and T = N packed tokens, and a token sees those of its poem. scale multiplies q k^T.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, packing: Packing | None, heads, scale, p):
+        rows = x.flatten(0, 1)  # (N, D)
+        qkv = rows @ weight  # (N, 3 * D)
+        starts = torch.arange(0, len(rows) + 1, x.shape[1], dtype=torch.int32) if packing is None else packing.borders
+        sizes = len(starts) - 1, heads, x.shape[-1] // heads, scale
+        out, stats = torch.empty_like(rows), x.new_empty(heads, len(rows), 2)
+        drawn = draw(p)
+        native.run("attention", qkv, bias, out, stats, _scratch(starts, *sizes), starts, *sizes, *drawn)
+        ctx.save_for_backward(rows, qkv, stats, starts)
+        ctx.weight, ctx.bias, ctx.sizes, ctx.drawn = weight, bias, sizes, drawn
+        return out.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        rows, qkv, stats, starts = ctx.saved_tensors
+        weight, bias = ctx.weight, ctx.bias
+        d, sums = torch.empty_like(qkv), stats.new_empty(len(starts) - 1, len(bias), dtype=torch.float64)
+        inputs, outputs = (qkv, bias, stats, dy.contiguous()), (d, bias.main_grad, sums)
+        native.run(
+            "attention_backward", *inputs, *outputs, _scratch(starts, *ctx.sizes), starts, *ctx.sizes, *ctx.drawn
+        )
+        torch.mm(rows.t(), d, out=weight.main_grad)
+        return (d @ weight.t()).view_as(dy), None, None, None, None, None, None
+
+
+def _scratch(starts: Tensor, poems: int, heads: int, width: int, scale: float) -> Tensor:
+    return torch.empty(native.run("attention_scratch", starts, poems, width), dtype=torch.float32)
 
 
 class Project(torch.autograd.Function):

@@ -99,8 +99,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, packing: Packing | None) -> Tensor:
         """x, residual (B, T, D) -> residual + dropout(attention(x)) (B, T, D)"""
-        dropout = self.dropout if self.training else 0.0
-        x = causal_attention(self.c_attn(x), self.heads, self.scale, dropout, packing, self.varlen)
+        dropout, qkv = self.dropout if self.training else 0.0, self.c_attn
+        if fused.usable(x, qkv.weight):
+            x = fused.Attention.apply(x, qkv.weight, qkv.bias, packing, self.heads, self.scale, dropout)
+        else:
+            x = causal_attention(qkv(x), self.heads, self.scale, dropout, packing, self.varlen)
         if fused.usable(x, self.c_proj.weight):
             return fused.Project.apply(x, self.c_proj.weight, self.c_proj.bias, residual, self.resid_dropout.now)
         return self.resid_dropout(self.c_proj(x), residual)

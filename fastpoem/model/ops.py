@@ -20,7 +20,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from fastpoem_kernels import native
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -42,14 +41,6 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
     lanes = words.view(torch.int16)[: shape.numel()].view(shape)  # uniform in [-2**15, 2**15)
     mask = torch.ge(lanes, dropped - LEVELS // 2, out=torch.empty(shape, dtype=dtype))
     return mask.mul_(LEVELS / (LEVELS - dropped))
-
-
-Drawn = tuple[Tensor, int]
-
-
-def draw(p: float) -> Drawn:
-    """(seed (1,) int64 from PyTorch's generator, elements dropped of 2^32) for dropout with probability p."""
-    return torch.empty(1, dtype=torch.int64).random_(-(2**63), None), min(round(p * 2**32), 2**32 - 1)
 
 
 class Affine(torch.autograd.Function):
@@ -178,11 +169,8 @@ class CausalAttention(torch.autograd.Function):
         dparts = torch.empty_like(parts)
         torch.bmm(left.transpose(1, 2), dy, out=dparts[2])
         dscores = torch.bmm(dy, v.transpose(1, 2))  # (B * H, T, T)
-        if native.usable(dscores, weights, left):
-            native.run("causal_softmax_backward", weights, left, dscores, *dscores.shape[:2], ctx.scale)
-        else:
-            dscores.mul_(left)
-            dscores.addcmul_(weights, dscores.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)
+        dscores.mul_(left)
+        dscores.addcmul_(weights, dscores.sum(-1, keepdim=True), value=-1).mul_(ctx.scale)
         torch.bmm(dscores, k, out=dparts[0])
         torch.bmm(dscores.transpose(1, 2), q, out=dparts[1])
         dqkv = dparts.view(3, batch, heads, length, -1).permute(1, 3, 0, 2, 4).reshape(batch, length, 3 * width)
@@ -191,11 +179,6 @@ class CausalAttention(torch.autograd.Function):
 
 def _causal_softmax(q: Tensor, k: Tensor, scale: float, p: float) -> tuple[Tensor, Tensor]:
     """q, k (B * H, T, D / H) -> attention's weights, and what dropout leaves of them, both (B * H, T, T)."""
-    if native.usable(q, k):
-        weights = torch.bmm(q, k.transpose(1, 2))
-        left = torch.empty_like(weights)
-        native.run("causal_softmax", weights, left, *weights.shape[:2], scale, *draw(p))
-        return weights, left
     future = torch.full((q.shape[1], q.shape[1]), -math.inf, dtype=q.dtype).triu_(1)
     scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale)
     weights = torch.softmax(scores, -1, out=scores) if scores.dtype == torch.float32 else torch.softmax(scores, -1)

@@ -98,57 +98,6 @@ void drop_add_backward(const float *restrict dy, float *restrict dx, float *rest
     }
 }
 
-/* weights (H, T, T), products q k^T, become softmax(scale * weights) over what is not in the future, 0 elsewhere; left = kept * weights */
-void causal_softmax(float *restrict weights, float *restrict left, size heads, size length, float scale, const size *seed,
-                    size dropped, int threads) {
-    uint64_t bits = *seed;
-    float keep = scale_of(dropped);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (size i = 0; i < heads * length; i++) {
-        float *restrict a = weights + i * length, *restrict b = left + i * length;
-        size n = i % length + 1;
-        uint32_t first = (uint32_t)(i * length);
-        float most = -INFINITY, total = 0.0f;
-#pragma omp simd reduction(max : most)
-        for (size j = 0; j < n; j++) most = a[j] > most ? a[j] : most;
-#pragma omp simd reduction(+ : total)
-        for (size j = 0; j < n; j++) {
-            float e = exponential(scale * (a[j] - most));
-            a[j] = e;
-            total += e;
-        }
-        float share = 1.0f / total;
-#pragma omp simd
-        for (size j = 0; j < n; j++) {
-            float w = a[j] * share;
-            a[j] = w;
-            b[j] = w * kept(bits, first + (uint32_t)j, dropped, keep);
-        }
-        memset(a + n, 0, (length - n) * sizeof *a);
-        memset(b + n, 0, (length - n) * sizeof *b);
-    }
-}
-
-/* d (H, T, T), the gradient of left, becomes that of q k^T: scale * (d * left - weights * sum(d * left)) */
-void causal_softmax_backward(const float *restrict weights, const float *restrict left, float *restrict d, size heads, size length,
-                             float scale, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (size i = 0; i < heads * length; i++) {
-        const float *restrict a = weights + i * length, *restrict b = left + i * length;
-        float *restrict g = d + i * length;
-        size n = i % length + 1;
-        float total = 0.0f;
-#pragma omp simd reduction(+ : total)
-        for (size j = 0; j < n; j++) {
-            g[j] *= b[j];
-            total += g[j];
-        }
-#pragma omp simd
-        for (size j = 0; j < n; j++) g[j] = scale * (g[j] - a[j] * total);
-        memset(g + n, 0, (length - n) * sizeof *g);
-    }
-}
-
 /* Of each row of logits (N, V): losses (N,), hits (N,) whether its first largest logit is the target. With `overwrite` the row becomes
    its gradient, weight * (softmax - onehot); rows whose target is `ignored` become 0. */
 void cross_entropy(float *restrict logits, const size *restrict target, double *restrict losses, uint8_t *restrict hits,

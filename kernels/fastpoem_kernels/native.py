@@ -42,9 +42,10 @@ def _suits(t: Tensor) -> bool:
     return real and t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()
 
 
-def run(name: str, *arguments: Tensor | float) -> None:
-    """Call a function of native.c with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads."""
-    getattr(_loaded(), name)(*map(_as_c, arguments), torch.get_num_threads())
+def run(name: str, *arguments: Tensor | float) -> int:
+    """Call a function of the C with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads."""
+    result: int = getattr(_loaded(), name)(*map(_as_c, arguments), torch.get_num_threads())
+    return result
 
 
 def _as_c(argument: Tensor | float) -> Any:
