@@ -2,7 +2,7 @@
 
 Right padding needs none: a causal query never looks to its right, and what padded queries compute is never used. A mask would cost the
 flash kernel. A *packed* batch is poems laid end to end in one row of tokens; everything but attention treats it as (1, N). Attention has
-flash's variable-length kernel for it where there is one; elsewhere it unfolds the row to (poems, longest), so that poems cannot see each
+flash's variable-length kernel for it or, on a CPU, C (`fastpoem.model.fused`) where there is one; elsewhere it unfolds the row to (poems, longest), so that poems cannot see each
 other and the matrix products, nearly all of the work, run without padding.
 """
 
