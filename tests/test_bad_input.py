@@ -60,7 +60,7 @@ TEXTS = {  # name, content -> what the line says
     ("blank.txt", " \n\n\t\u3000\n".encode()): "blank.txt: holds no poem",
     ("binary.txt", bytes(range(256)) * 40): "NUL byte, so it is binary",
     ("gb.txt", (f"{POEM}\n" * 20).encode("gb18030")): "gb.txt, line 1: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 gb.txt > utf8.txt",
-    ("cut.txt", f"{POEM}\n{POEM}".encode()[:-1]): "cut.txt, line 2: ends inside a character; the file was cut: get it whole",
+    ("cut.txt", f"{POEM}\n{POEM}".encode()[:-1]): "cut.txt, line 2: ends inside a character, so it was cut",
     ("latin.txt", "caf\u00e9 au lait\n".encode("latin-1")): "latin.txt, line 1: is not UTF-8",
     ("utf16.txt", (f"{POEM}\n" * 9).encode("utf-16")): "looks like UTF-16",
     ("bad.jsonl", f'"{POEM}"\n"{POEM}"\n{{"text": '.encode()): "bad.jsonl, line 3: is malformed JSON",
