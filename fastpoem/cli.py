@@ -14,7 +14,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from types import FrameType
 from typing import TypeVar, cast
 
@@ -29,7 +29,8 @@ def parse(
 ) -> Config:
     """Read `cls` (a dataclass) from the command line. `-` and `_` in flags are the user's choice.
 
-    Raises InputError for an unknown flag (naming the nearest known one) or a value that does not parse. `--help` prints and exits 0.
+    Raises InputError for an unknown flag (naming the nearest known one), a missing one or a value that does not parse. `--help` prints
+    and exits 0.
     """
     import tyro
 
@@ -43,15 +44,33 @@ def parse(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
+        given = [_flag(arg) for arg in args if arg.startswith("--")]
+        for flag in given:  # tyro says what is missing before what was misspelt for it
+            if flag != "--help" and flag not in _known(cls):
+                raise _no_such(cls, flag) from None
+        needed = [_flag(field.name) for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
+        if missing := [flag for flag in needed if flag not in given]:
+            raise InputError(", ".join(missing), "must be given", "see --help") from None
         raise InputError("command line", _first_paragraph(said.getvalue()), "see --help") from None
     if unknown:
-        flag = unknown[0].split("=")[0]
-        known = ["--" + field.name.replace("_", "-") for field in fields(cls)]  # type: ignore[arg-type]
-        known += ["--no-" + field.name.replace("_", "-") for field in fields(cls) if field.type in (bool, "bool")]  # type: ignore[arg-type]
-        near = difflib.get_close_matches(flag.replace("_", "-"), known, n=1, cutoff=0.6)
-        mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
-        raise InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
+        raise _no_such(cls, unknown[0].split("=")[0])
     return cast(Config, config)
+
+
+def _flag(text: str) -> str:
+    """`--batch-size` of `batch_size`, `--batch_size` and `--batch_size=3`."""
+    return "--" + text.removeprefix("--").split("=")[0].replace("_", "-")
+
+
+def _known(cls: type) -> list[str]:
+    negated = ["no-" + field.name for field in fields(cls) if field.type in (bool, "bool")]
+    return [_flag(name) for name in [*(field.name for field in fields(cls)), *negated]]
+
+
+def _no_such(cls: type, flag: str) -> InputError:
+    near = difflib.get_close_matches(flag.replace("_", "-"), _known(cls), n=1, cutoff=0.6)
+    mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
+    return InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
 
 
 def _first_paragraph(panel: str) -> str:

@@ -40,7 +40,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about a minute."""
+    """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about half a minute."""
 
     data: str | None = None
     """Poems: .txt, .txt.xz or .txt.gz with one poem a line, .jsonl, .json, a folder of the chinese-poetry collection, or a token store.
@@ -149,6 +149,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "batching": "pad",
         "loss_on_padding": True,
         "schedule": "epoch-cosine",
+        "warmup_steps": 0,
         "precision": "fp32",
         "val_poems": 0,
     },

@@ -60,6 +60,7 @@ TEXTS = {  # name, content -> what the line says
     ("blank.txt", " \n\n\t\u3000\n".encode()): "blank.txt: holds no poem",
     ("binary.txt", bytes(range(256)) * 40): "NUL byte, so it is binary",
     ("gb.txt", (f"{POEM}\n" * 20).encode("gb18030")): "gb.txt, line 1: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 gb.txt > utf8.txt",
+    ("cut.txt", f"{POEM}\n{POEM}".encode()[:-1]): "cut.txt, line 2: ends inside a character, so it was cut",
     ("latin.txt", "caf\u00e9 au lait\n".encode("latin-1")): "latin.txt, line 1: is not UTF-8",
     ("utf16.txt", (f"{POEM}\n" * 9).encode("utf-16")): "looks like UTF-16",
     ("bad.jsonl", f'"{POEM}"\n"{POEM}"\n{{"text": '.encode()): "bad.jsonl, line 3: is malformed JSON",
@@ -538,6 +539,34 @@ def test_flags(tmp_path, arguments, near):
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert near in done.stderr and done.stderr.startswith("fastpoem: ") and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "module, arguments, says",
+    [
+        ("generate", [], "--model: must be given"),
+        ("generate", ["--modle", "x"], "--modle: no such flag; did you mean --model?"),
+        ("generate", ["--model"], "--model"),
+        ("prepare", ["--data=x", "--max_length", "9"], "--model, --out: must be given"),
+        ("prepare", ["--data", "x", "--max_lenght", "9"], "--max-lenght: no such flag; did you mean --max-length?"),
+    ],
+)
+def test_flags_that_must_be_given(tmp_path, module, arguments, says):
+    done, _ = command(*arguments, cwd=tmp_path, module=module)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stdout == "", done.stderr
+    assert done.stderr.startswith("fastpoem: ") and says in done.stderr
+
+
+def test_what_training_will_not_see_is_said(base, tmp_path, capsys):
+    (tmp_path / "poems.txt").write_text(f"{POEM}\n" * 39 + "鱻" * 99, encoding="utf-8")
+    common = settings(base, data=str(tmp_path / "poems.txt"), max_steps=1)
+    fastpoem.fit(**common, out=str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    assert "poems that were cut to 64 tokens: 1\n" in said
+    assert "[UNK], characters that the vocabulary lacks: 鱻 …" in said
+    (tmp_path / "poems.txt").write_text(f"{POEM}\n" * 40, encoding="utf-8")
+    fastpoem.fit(**common, out=str(tmp_path / "whole"))
+    assert "[UNK]" not in (said := capsys.readouterr().out) and "were cut" not in said
 
 
 def test_the_command_says_it_in_one_line(base, tmp_path):

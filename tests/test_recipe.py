@@ -42,6 +42,7 @@ def test_what_it_sets_and_that_a_flag_wins():
     config = read(["--recipe", "fast", "--data", "x", "--lr", "3e-5", "--dropout", "0.1", "--schedule", "constant"])
     assert (config.lr, config.schedule, config.warmup_steps, config.dropout) == (3e-5, "constant", None, 0.1)
     assert read(["--lr", "None", "--data", "x"]).lr is None
+    assert read(["--recipe", "notebook"]).warmup_steps == 0 != EMBEDDED["warmup_steps"]  # the notebook warms nothing up
     verses = read(["--recipe", "fast"])  # over what the bundled verses are trained with
     assert (verses.lr, verses.epochs, verses.sample) == (None, EMBEDDED["epochs"], EMBEDDED["sample"])
 

@@ -254,6 +254,9 @@ def _pieces(path: Path, piece_bytes: int) -> Iterator[str]:
                     text = decoder.decode(data, final=not data)
                 except UnicodeDecodeError as error:
                     line = number + _newlines(error.object[: error.start])
+                    if not data:  # two bytes of a character that was cut would pass for GB18030
+                        reason = "ends inside a character, so it was cut or is not UTF-8"
+                        raise InputError(f"{path}, line {line}", reason, "get the whole file, or convert it") from None
                     raise _foreign(path, line, _guess_encoding(error.object, error.start)) from None
                 if text:
                     yield text

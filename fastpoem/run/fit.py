@@ -198,7 +198,7 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
         return None
     loop.adopt(tensors)
     before, now = state["length"], loop.length
-    if config.schedule != "constant" and before != now:
+    if config.schedule != "constant" and before != now and state["step"] < loop.last_step:
         loop.voice.say(f"the learning rate falls over {now} from here on, where it fell over {before}")
     return state
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +60,8 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         if lengths[0] >= min(128, shape.n_positions):
             raise InputError("--sample", f"{lengths[0]} tokens leave no room for a poem", "give its first characters")
     store = _open_store(config, source, tokenizer, shape, voice)
+    for line in _lost(store):
+        voice.say(line)
     held = held_out_rows(store.rows, config.val_poems, config.seed)
     try:
         order = _order(config, store, held)
@@ -66,6 +69,16 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
     return Given(model_folder, shape, raw_config, tokenizer, store, held, order, ids)
+
+
+def _lost(store: TokenStore) -> Iterator[str]:
+    """What of the text is not trained on, a line each: poems that were cut, and [UNK] where it is more than a token in a hundred."""
+    counts = store.manifest["counts"]
+    if counts["truncated"]:
+        yield f"poems that were cut to {store.max_length} tokens: {counts['truncated']:,}"
+    if counts["unknown"] > 0.01 * counts["tokens"]:
+        often = " ".join(text for text, _ in store.manifest["unknown"][:8])
+        yield f"{counts['unknown'] / counts['tokens']:.1%} of the tokens are [UNK], characters that the vocabulary lacks: {often} …"
 
 
 def _open_store(
