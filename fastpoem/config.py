@@ -92,8 +92,8 @@ class TrainConfig:
     dropout: float | None = None
     """Override all dropout probabilities of the model."""
     vocab: Literal["all", "corpus"] = "all"
-    """corpus: train the embedding and the head for the ids that occur in the poems only. The other rows keep their values and are never
-    written."""
+    """corpus: train the embedding and the head for the ids that occur in the poems only. The other rows keep their values, and no
+    poem is written with them."""
     loss_on_padding: bool = False
     """Count padding as targets in the loss."""
     seed: int = 0
