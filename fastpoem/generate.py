@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,10 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(folder, f"cannot be loaded ({error})", "name the model folder of a finished run") from error
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    unknown = [tokenizer.unk_token_id]
+    lacking = [one for one in dict.fromkeys(prompt) if tokenizer(one, add_special_tokens=False)["input_ids"] == unknown]
+    if lacking:
+        print(f"fastpoem: {prompt}: no poem shows {' '.join(lacking)}, which the vocabulary lacks", file=sys.stderr)
     start = torch.tensor([[tokenizer.cls_token_id, *ids]], device=device)  # (1, T)
     longest = min(config.max_length, network.config.n_positions)
     if start.shape[1] >= longest:

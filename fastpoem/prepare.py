@@ -28,7 +28,7 @@ class PrepareConfig:
     """Tokens a poem, [CLS] and [SEP] included; longer ones are cut."""
     buckets: int = 32
     """Into how many lengths the poems are sorted; more buckets, less padding."""
-    convert: str | None = None
+    convert: str = "none"
     """An OpenCC conversion, such as t2s: traditional to simplified characters."""
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
             out,
             max_length=config.max_length,
             buckets=config.buckets,
-            convert=config.convert,
+            convert=None if config.convert == "none" else config.convert,
             progress=lambda poems: status.update(f"{poems:,} poems"),
         )
     print(f"store      {out}", *summarise(store), sep="\n")

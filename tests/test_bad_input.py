@@ -383,6 +383,12 @@ def test_paths_that_cannot_be(base, tmp_path, monkeypatch, name, value, says):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_prompt_that_the_vocabulary_lacks(base, capsys):
+    (poem,) = sample(base / "run/model", "春鱻", seed=1)
+    assert poem.startswith("春")
+    assert capsys.readouterr().err == "fastpoem: 春鱻: no poem shows 鱻, which the vocabulary lacks\n"
+
+
 def test_names_that_are_not_utf8(base, tmp_path):
     """They work: bytes are bytes to the disk, and are spelled out where they must be shown or kept as JSON."""
     odd = os.fsdecode(b"\xff\xfe poems")
