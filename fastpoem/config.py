@@ -18,6 +18,7 @@ from fastpoem.paths import given_path
 HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
 
 
+NO_POEM = re.compile("[\n\r\0\ud800-\udfff]")  # what no poem, and no beginning of one, can hold
 MANY = 2**40  # more than any run counts to, and far from where arithmetic gets odd
 RANGES: tuple[tuple[str, float, float], ...] = (
     ("epochs", 1, MANY),
@@ -130,7 +131,7 @@ class TrainConfig:
         for name in ("data", "model", "out", "cache_dir"):
             if (value := getattr(self, name)) is not None:
                 given_path(f"--{name.replace('_', '-')}", value)
-        if self.sample is not None and re.search("[\n\r\0\ud800-\udfff]", self.sample):
+        if self.sample is not None and NO_POEM.search(self.sample):
             raise InputError(
                 f"--sample {self.sample!r:.80}", "holds what no poem does", "use characters of UTF-8 on one line"
             )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastpoem.cli import parse, run_command
+from fastpoem.config import NO_POEM
 from fastpoem.errors import InputError
 from fastpoem.paths import spelled
 
@@ -47,7 +48,7 @@ class GenerateConfig:
                 "use 0, or 0.001 and more",
             ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "use 0 to 9223372036854775807"),
-            ("prompt", self.prompt.isprintable(), "use characters of UTF-8 on one line"),
+            ("prompt", not NO_POEM.search(self.prompt), "use characters of UTF-8 on one line"),
             ("top_k", self.top_k >= 0, "use 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "use more than 0, at most 1"),
         )
@@ -66,12 +67,14 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     from fastpoem.model import hub
     from fastpoem.model.find import resolve_folder
     from fastpoem.model.gpt2 import GPT2
+    from fastpoem.model.vocabulary import never_written
 
     folder = resolve_folder(config.model)
     shape, raw = hub.read_config(folder)
     hub.refuse_too_large(shape, folder, 8, "to load")
     ours = GPT2(shape)
     hub.load_weights(ours, folder)
+    never = never_written(folder, shape.vocab_size)
     if PoemTokenizer.load(folder).vocab_size > shape.vocab_size:
         raise InputError(
             folder, "its tokenizer has more ids than its embedding", "name the model folder of a finished run"
@@ -113,6 +116,7 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
         num_return_sequences=config.count if config.temperature > 0 else 1,
         eos_token_id=tokenizer.sep_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=never or None,
         **(choose if config.temperature > 0 else {"do_sample": False}),
     )
     poems = [_without_gaps(tokenizer.decode(row, skip_special_tokens=True)) for row in out]

@@ -415,6 +415,23 @@ def test_names_that_are_not_utf8(base, tmp_path):
     assert poem.returncode == 0, poem.stderr
 
 
+def test_a_sample_that_training_takes_is_a_prompt(base, tmp_path, capsys):
+    """Or a run would be refused when it has ended."""
+    sample = "春\u3000\t江\u200d\ue000"
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1, sample=sample))
+    assert "春" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_what_is_written_without_a_limit_is_json(base, tmp_path):
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1, max_grad_norm=math.inf))
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    content = json.loads((tmp_path / "run/config.json").read_text(), parse_constant=refuse)
+    assert content["settings"]["max_grad_norm"] == "inf"  # as the flag takes it
+
+
 def test_no_home(base, tmp_path, monkeypatch):
     """A user of no name and no HOME: what needs his cache says so, and trains where it is told another."""
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])

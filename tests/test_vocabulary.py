@@ -18,10 +18,11 @@ from fastpoem.corpus.plan import Step
 from fastpoem.corpus.store import TokenStore, prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.corpus.vocabulary import ROUND, kept_ids, numbering
+from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.model.hub import BUNDLED
-from fastpoem.model.vocabulary import EMBEDDING
+from fastpoem.model.vocabulary import EMBEDDING, GENERATION, never_written
 from fastpoem.run.fit import assembled
 from fastpoem.run.metrics import Voice
 from tests.runs import assert_same, settings, tiny_data, tiny_model
@@ -172,7 +173,38 @@ def test_what_was_not_trained_is_not_written(base, store, tmp_path):
     model.generation_config.suppress_tokens = None
     written = model.generate(start, max_new_tokens=40, num_return_sequences=8, do_sample=True, top_k=0, temperature=2.0)
     assert not np.isin(written.numpy(), ids).all()  # so the test can fail
-    assert len(run.generate("春", top_k=0, seed=1)) == 1
+    options = dict(count=20, top_k=0, temperature=2.0, seed=1, max_length=40)
+    tokenizer = PoemTokenizer.load(run.model)
+
+    def ours() -> np.ndarray:
+        return tokenizer.encode(run.generate("春", **options), 512)[0]
+
+    assert np.isin(ours(), ids).all()
+    (run.model / GENERATION).unlink()
+    assert not np.isin(ours(), ids).all()
+
+
+@pytest.mark.parametrize("content", ["{", "[" * 100_000, '{"suppress_tokens": [1, 1.0]}', '{"suppress_tokens": [-1]}',
+                                     '{"suppress_tokens": {"1": 2}}', '{"suppress_tokens": [99999999]}'])  # fmt: skip
+def test_a_strange_list_of_what_is_never_written_is_refused(tmp_path, content):
+    (tmp_path / GENERATION).write_text(content)
+    with pytest.raises(InputError, match=GENERATION):
+        never_written(tmp_path, 100)
+
+
+def test_any_model_folder_says_what_is_never_written(tmp_path):
+    assert never_written(tmp_path, 100) == []
+    for content, expected in (
+        ("{}", []),
+        ("[]", []),
+        ('{"suppress_tokens": null}', []),
+        ('{"suppress_tokens": [0, 99]}', [0, 99]),
+    ):
+        (tmp_path / GENERATION).write_text(content)
+        assert never_written(tmp_path, 100) == expected
+    (tmp_path / GENERATION).write_text(json.dumps({"suppress_tokens": [*range(100)]}))
+    with pytest.raises(InputError, match="no id to write"):
+        never_written(tmp_path, 100)
 
 
 def test_a_store_serves_both(base, store, tmp_path):

@@ -3,21 +3,25 @@
 The bundled vocabulary of BERT has 21,128 ids, 217,561 classical poems use 5,184 of them, and the head is 28% of a step's arithmetic. Rows
 that no poem asks for need not be computed: as inputs they never come, as outputs they would only learn to be unlikely. What leaves the
 run (RUN/model, checkpoints) has every row again, the others with the very values they began with. Nothing taught these to be unlikely,
-so generation_config.json tells transformers never to write them.
+so generation_config.json says never to write them, which transformers and `fastpoem.generate` obey.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import GPT2
 
 EMBEDDING = "transformer.wte.weight"
+GENERATION = "generation_config.json"
+LARGEST_GENERATION = 1 << 24  # bytes
 
 
 class Narrowed:
@@ -43,3 +47,22 @@ class Narrowed:
         """What makes `generate` and pipelines choose among `ids` only; `special`: bos, eos and pad, as in config.json."""
         others = torch.ones(len(self.whole), dtype=torch.bool).index_fill_(0, self.ids, False)
         return json.dumps({**special, "suppress_tokens": others.nonzero().flatten().tolist()}).encode()
+
+
+def never_written(folder: Path, vocabulary: int) -> list[int]:
+    """The ids that a model folder says never to write: `suppress_tokens` of its generation_config.json. Raises InputError."""
+    path = folder / GENERATION
+    if not path.is_file():
+        return []
+    try:
+        if path.stat().st_size > LARGEST_GENERATION:
+            raise ValueError(f"larger than {LARGEST_GENERATION:,} bytes")
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(path, f"unreadable ({error})", "fetch the file again, or remove it") from error
+    ids = (content.get("suppress_tokens") if isinstance(content, dict) else None) or []
+    if not isinstance(ids, list) or not all(type(one) is int and 0 <= one < vocabulary for one in ids):
+        raise InputError(path, "its suppress_tokens are no ids of this model", "fetch the file again, or remove it")
+    if len({*ids}) == vocabulary:
+        raise InputError(path, "its suppress_tokens leave no id to write", "fetch the file again, or remove it")
+    return ids

@@ -31,7 +31,7 @@ from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
-from fastpoem.model.vocabulary import Narrowed
+from fastpoem.model.vocabulary import GENERATION, Narrowed
 from fastpoem.run import checkpoint, folder
 from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
@@ -130,7 +130,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
     if narrowed is not None:
-        beside["generation_config.json"] = narrowed.generation_config(special)
+        beside[GENERATION] = narrowed.generation_config(special)
 
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
         identity = folder.identity(config, store, shape, dtype)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import platform
 import threading
@@ -215,6 +216,11 @@ def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path) ->
         )
 
 
+def _for_json(value: Any) -> Any:
+    """JSON has no infinity: the word for it, as it is given to a flag."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "…"
@@ -227,7 +233,7 @@ def write_config(
     packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
     on_gpu = device.type == "cuda"
     content = {
-        "settings": dataclasses.asdict(config),
+        "settings": {name: _for_json(value) for name, value in dataclasses.asdict(config).items()},
         "versions": {"fastpoem": fastpoem.__version__, "python": platform.python_version(), **packages},
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
