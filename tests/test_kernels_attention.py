@@ -211,3 +211,8 @@ def test_its_scratch_is_given_back():
             attend(*case)
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[2] - peaks[0] < 4096  # KiB; the scratch of one call is 2 MB a thread
+
+
+def test_scratch_of_more_floats_than_an_int_counts():
+    starts, width = torch.tensor([0, 200_000], dtype=torch.int32), 4096
+    assert native.run("attention_scratch", starts, 1, width) > 5 * 200_000 * width

@@ -44,7 +44,9 @@ def _suits(t: Tensor) -> bool:
 
 def run(name: str, *arguments: Tensor | float) -> int:
     """Call a function of the C with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads."""
-    result: int = getattr(_loaded(), name)(*map(_as_c, arguments), torch.get_num_threads())
+    function = getattr(_loaded(), name)
+    function.restype = ctypes.c_int64  # ctypes takes a result for an int, and a size need not fit one
+    result: int = function(*map(_as_c, arguments), torch.get_num_threads())
     return result
 
 
