@@ -587,6 +587,24 @@ def test_the_cache_is_reused_and_keyed(tmp_path: Path, tokenizer: PoemTokenizer,
     assert cached(cache_dir=tmp_path / "elsewhere").path.parent == tmp_path / "elsewhere"
 
 
+def test_a_text_that_changed_as_its_store_was_about_to_be_made(
+    tmp_path: Path, tokenizer: PoemTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = text(tmp_path / "poems.txt", verses(200))
+    right = prepare_store(source, tokenizer, tmp_path / "right").identity
+
+    def digest(path: Path) -> dict[str, Any]:
+        found = make.source_digest(path)
+        text(source, verses(200, seed=1))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastpoem.corpus.store.source_digest", digest)
+        assert cached_store(source, tokenizer).identity != right
+    text(source, verses(200))
+    assert cached_store(source, tokenizer).identity == right
+
+
 @pytest.mark.parametrize("name", [MANIFEST, ROW_MAP, "bucket-000.tokens", "bucket-001.lengths"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
 def test_a_damaged_cache_is_made_again(tmp_path: Path, tokenizer: PoemTokenizer, name: str, damage: str) -> None:

@@ -186,6 +186,10 @@ def cached_store(
         if is_store(folder / name):
             try:
                 store = TokenStore.open(folder / name)
+                if (
+                    store.manifest["source"].get("sha256") != digest
+                ):  # the text changed as its store was about to be made
+                    raise InputError(folder / name, "holds another text", MEND)
                 store.verify()
             except InputError as error:
                 say(f"the prepared store is damaged and made again ({error.thing} {error.reason})")
