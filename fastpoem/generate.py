@@ -12,7 +12,6 @@ from pathlib import Path
 from fastpoem.cli import parse, run_command
 from fastpoem.config import NO_POEM
 from fastpoem.errors import InputError
-from fastpoem.paths import spelled
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,8 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     ours = GPT2(shape)
     hub.load_weights(ours, folder)
     never = never_written(folder, shape.vocab_size)
-    if PoemTokenizer.load(folder).vocab_size > shape.vocab_size:
+    tokenizer = PoemTokenizer.load(folder)  # training's own, of whatever kind: the ids are those that were learned
+    if tokenizer.vocab_size > shape.vocab_size:
         raise InputError(
             folder, "its tokenizer has more ids than its embedding", "name the model folder of a finished run"
         )
@@ -83,24 +83,23 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
-    from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     try:
         # Given both, transformers reads neither config.json nor weights: it would make up what is missing, and follow what steers it.
-        plain = GPT2Config(**hub.saved_config(raw, shape, {}), attn_implementation="sdpa")
+        special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
+        plain = GPT2Config(**hub.saved_config(raw, shape, special), attn_implementation="sdpa")
         network = GPT2LMHeadModel.from_pretrained(None, config=plain, state_dict=ours.state_dict())
-        with spelled(folder) as name:
-            tokenizer = BertTokenizer.from_pretrained(name)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(folder, f"cannot be loaded ({error})", "name the model folder of a finished run") from error
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    unknown = [tokenizer.unk_token_id]
-    lacking = [one for one in dict.fromkeys(prompt) if tokenizer(one, add_special_tokens=False)["input_ids"] == unknown]
+    library, unknown = tokenizer.library, [tokenizer.unk_id]
+    ids = library.encode(prompt, add_special_tokens=False).ids
+    lacking = [one for one in dict.fromkeys(prompt) if library.encode(one, add_special_tokens=False).ids == unknown]
     if lacking:
         print(f"fastpoem: {prompt}: no poem shows {' '.join(lacking)}, which the vocabulary lacks", file=sys.stderr)
-    start = torch.tensor([[tokenizer.cls_token_id, *ids]], device=device)  # (1, T)
+    start = torch.tensor([[tokenizer.cls_id, *ids]], device=device)  # (1, T)
     longest = min(config.max_length, network.config.n_positions)
     if start.shape[1] >= longest:
         raise InputError(
@@ -114,12 +113,10 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
         attention_mask=torch.ones_like(start),
         max_length=longest,
         num_return_sequences=config.count if config.temperature > 0 else 1,
-        eos_token_id=tokenizer.sep_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         suppress_tokens=never or None,
         **(choose if config.temperature > 0 else {"do_sample": False}),
     )
-    poems = [_without_gaps(tokenizer.decode(row, skip_special_tokens=True)) for row in out]
+    poems = [_without_gaps(text) for text in library.decode_batch(out.tolist(), skip_special_tokens=True)]
     return poems if config.temperature > 0 else poems * config.count  # without chance, all are the same
 
 

@@ -9,12 +9,15 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BertTokenizer, GPT2LMHeadModel, TextGenerationPipeline
 
 import fastpoem
 from benchmarks import notebook
 from fastpoem.corpus.plan import held_out_rows
 from fastpoem.errors import InputError
+from fastpoem.model.hub import BUNDLED
+from tests.runs import settings, tiny_data, tiny_model
 
 
 def steps(rows):
@@ -266,3 +269,24 @@ def test_importing_the_package_and_training_from_a_folder_spare_transformers():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     code = "import sys, fastpoem, fastpoem.train, fastpoem.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_tokenizer_that_is_not_berts_trains_and_writes(tmp_path):
+    """Bytes and pairs of them: no vocab.txt, no [CLS], no [UNK]."""
+    tiny_data(tmp_path / "poems.txt", BUNDLED / "poems.txt")
+    folder = tiny_model(tmp_path / "model", BUNDLED / "model")
+    (folder / "vocab.txt").unlink()
+    end = "<|endoftext|>"
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer, library.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[end], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    library.train([str(tmp_path / "poems.txt")], trainer)
+    library.post_processor = processors.TemplateProcessing(single=f"{end} $A {end}", special_tokens=[(end, 0)])
+    library.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    run = fastpoem.fit(**settings(tmp_path, out=str(tmp_path / "run"), max_steps=2, vocab="corpus"))
+    for poem in run.generate("春江", count=4, seed=1, max_length=20):
+        assert poem.startswith("春江") and len(poem) > 2
