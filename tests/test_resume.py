@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastpoem
-from fastpoem.config import from_kwargs
+from fastpoem.config import RECIPES, from_kwargs
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import Totals, TrainStep
@@ -192,6 +192,15 @@ def test_what_may_change_on_resume(base, untouched, tmp_path, monkeypatch):
     )
     assert (run.model / "model.safetensors").read_bytes() == (untouched() / "model/model.safetensors").read_bytes()
     assert len(list((run.folder / "checkpoints").iterdir())) in (5, 6)  # the best may be one more
+
+
+def test_a_recipe_may_be_spelled_out_on_resume(base, tmp_path):
+    out = str(tmp_path / "run")
+    fastpoem.fit(**settings(base, out=out, recipe="notebook", max_steps=3))
+    run = fastpoem.fit(**settings(base, out=out, **RECIPES["notebook"], max_steps=5, resume=True))
+    assert [row["step"] for row in run.metrics if "event" not in row] == [1, 2, 3, 4, 5]
+    with pytest.raises(InputError, match="batching was pad, is bucket.*recipe|recipe.*batching was pad, is bucket"):
+        fastpoem.fit(**settings(base, out=out, max_steps=6, resume=True))
 
 
 def test_resuming_needs_no_weights_of_the_first_model(base, tmp_path, monkeypatch):

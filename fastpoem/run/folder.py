@@ -208,7 +208,8 @@ def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path) ->
         found = [
             one for one in found if not one.startswith("token store ")
         ]  # the hash that follows from another difference
-    if found:
+    # A recipe is only other defaults: without another difference, somebody has spelled its flags out.
+    if any(not one.startswith("recipe ") for one in found):
         raise InputError(
             out,
             f"cannot be resumed: {'; '.join(found)}",

@@ -98,7 +98,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
-        self._beside: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._copying: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.watch, self._forms = Watch(self.step.account.losses), self.step.forms()
         self._copies = {
             name: getattr(self.step.optimizer, name).clone() for name in FLATS
@@ -261,7 +261,7 @@ class Loop:
             )  # not the current device's, which is another's for cuda:7
 
         def job() -> None:
-            host = tensors if copied is None else _to_host(tensors, copied, self._beside)
+            host = tensors if copied is None else _to_host(tensors, copied, self._copying)
             if self.narrowed is not None:
                 host = {**host, WEIGHTS: self.narrowed.widen(host[WEIGHTS])}
             checkpoint.refuse_non_finite(host)
@@ -375,9 +375,9 @@ def _until_told(stop: StopRequest, batches: Iterable[Rows]) -> Iterator[Rows]:
 
 
 def _to_host(
-    tensors: Mapping[str, Mapping[str, Tensor]], copied: torch.cuda.Event, beside: torch.cuda.Stream
+    tensors: Mapping[str, Mapping[str, Tensor]], copied: torch.cuda.Event, copying: torch.cuda.Stream
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors on the CPU once `copied` has come to pass, by a stream that is not the training's."""
     copied.synchronize()
-    with torch.cuda.stream(beside):
+    with torch.cuda.stream(copying):
         return {file: {name: tensor.cpu() for name, tensor in group.items()} for file, group in tensors.items()}
