@@ -422,6 +422,15 @@ def test_a_sample_that_training_takes_is_a_prompt(base, tmp_path, capsys):
     assert "春" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_the_longest_sample_that_leaves_room(base, tmp_path, capsys):
+    """Of 64 positions: what generate has room for is taken, and what it has none for is refused before training."""
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1, sample="春" * 62))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("春" * 62)
+    with pytest.raises(InputError, match="leave no room"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "other"), max_steps=1, sample="春" * 63))
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_written_without_a_limit_is_json(base, tmp_path):
     fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1, max_grad_norm=math.inf))
 

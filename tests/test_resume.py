@@ -199,7 +199,7 @@ def test_a_recipe_may_be_spelled_out_on_resume(base, tmp_path):
     fastpoem.fit(**settings(base, out=out, recipe="notebook", max_steps=3))
     run = fastpoem.fit(**settings(base, out=out, **RECIPES["notebook"], max_steps=5, resume=True))
     assert [row["step"] for row in run.metrics if "event" not in row] == [1, 2, 3, 4, 5]
-    with pytest.raises(InputError, match="batching was pad, is bucket.*recipe|recipe.*batching was pad, is bucket"):
+    with pytest.raises(InputError, match="batching was pad, is bucket"):
         fastpoem.fit(**settings(base, out=out, max_steps=6, resume=True))
 
 

@@ -56,9 +56,11 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         raise InputError(model_folder, reason, "use a tokenizer and a model that belong together")
 
     if config.sample is not None:
-        _, lengths, _ = tokenizer.encode([config.sample], 65535)
-        if lengths[0] >= min(128, shape.n_positions):
-            raise InputError("--sample", f"{lengths[0]} tokens leave no room for a poem", "give its first characters")
+        tokens = 1 + len(
+            tokenizer.library.encode(config.sample, add_special_tokens=False).ids
+        )  # as generate counts them
+        if tokens >= min(128, shape.n_positions):
+            raise InputError("--sample", f"{tokens} tokens leave no room for a poem", "give its first characters")
     store = _open_store(config, source, tokenizer, shape, voice)
     for line in _lost(store):
         voice.say(line)
