@@ -186,9 +186,8 @@ def cached_store(
         if is_store(folder / name):
             try:
                 store = TokenStore.open(folder / name)
-                if (
-                    store.manifest["source"].get("sha256") != digest
-                ):  # the text changed as its store was about to be made
+                # It may have been made of a text that changed after its digest was taken.
+                if store.manifest["source"].get("sha256") != digest:
                     raise InputError(folder / name, "holds another text", MEND)
                 store.verify()
             except InputError as error:
