@@ -35,7 +35,7 @@ def parse(
     import tyro
 
     said = io.StringIO()
-    args = sys.argv[1:] if argv is None else list(argv)
+    args = _gathered(cls, sys.argv[1:] if argv is None else argv)
     try:
         with contextlib.redirect_stderr(said):
             config, unknown = tyro.cli(
@@ -55,6 +55,29 @@ def parse(
     if unknown:
         raise _no_such(cls, unknown[0].split("=")[0])
     return cast(Config, config)
+
+
+def _gathered(cls: type, argv: Sequence[str]) -> list[str]:
+    """The command line with every flag once: those that take several values have them in one place. Raises InputError for another
+    flag that was given twice."""
+    several = {_flag(field.name) for field in fields(cls) if str(field.type).startswith("tuple")}
+    alike = {_flag("no-" + field.name): _flag(field.name) for field in fields(cls) if field.type in (bool, "bool")}
+    first: list[str] = []
+    values: dict[str, list[str]] = {}
+    into = first
+    for arg in argv:
+        if not arg.startswith("--"):
+            into.append(arg)
+            continue
+        flag = alike.get(_flag(arg), _flag(arg))
+        if flag in values and flag not in several:
+            raise InputError(flag, "given twice", "give it once")
+        into = values.setdefault(flag, [])
+        if flag in several:
+            into.extend([arg.split("=", 1)[1]] if "=" in arg else [])
+        else:
+            into.append(arg)
+    return first + [arg for flag, found in values.items() for arg in ([flag, *found] if flag in several else found)]
 
 
 def _flag(text: str) -> str:

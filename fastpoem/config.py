@@ -36,6 +36,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("log_every", 1, MANY),
     ("save_every", 1, MANY),
     ("keep", 1, MANY),
+    ("patience", 1, MANY),
 )
 
 
@@ -43,9 +44,13 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 class TrainConfig:
     """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about half a minute."""
 
-    data: str | None = None
-    """Poems: .txt, .txt.xz or .txt.gz with one poem a line, .jsonl, .json, a folder of the chinese-poetry collection, or a token store.
-    None takes the bundled verses."""
+    data: tuple[str, ...] = ()
+    """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files, folders of them, or a token store. Several are one
+    corpus. Without it: the bundled verses."""
+    field: str | None = None
+    """Column (or key) that holds the poem in .csv, .tsv and JSON. None: content, text, paragraphs and the like are tried."""
+    line_break: str | None = None
+    """Token that stands for a line break inside a poem, such as [unused1]. None: the lines of a poem are joined."""
     model: str | None = None
     """Hugging Face name or folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
     from_scratch: bool = False
@@ -75,10 +80,22 @@ class TrainConfig:
     """Length buckets of the token store."""
     shuffle: bool = True
     """--no-shuffle takes the poems in the order of the text."""
-    convert: Literal["none", "t2s"] = "none"
-    """t2s converts traditional to simplified characters (needs OpenCC)."""
+    convert: Literal["none", "t2s", "s2t"] = "none"
+    """t2s converts traditional to simplified characters, s2t the other way (needs OpenCC)."""
+    clean: bool = False
+    """Remove what is not part of a poem where that is safe: spaces inside, HTML entities, notes in brackets."""
+    whole: bool = False
+    """A poem longer than --max-length is cut after its last whole sentence."""
+    dedup: bool = False
+    """Train on one copy of each poem."""
     val_poems: int | None = None
     """Poems held out for validation. None: 512, never more than 5% of the corpus."""
+    val_data: tuple[str, ...] = ()
+    """Poems to validate on instead of held-out ones, in any form that --data takes."""
+    best: bool = False
+    """Leave in RUN/model the weights with the lowest validation loss, not the last ones."""
+    patience: int | None = None
+    """Stop after so many epochs without a lower validation loss."""
 
     lr: float | None = 2e-5
     """Peak learning rate. None: 0.2 divided by the model's width, 2.6e-4 at 768."""
@@ -92,6 +109,8 @@ class TrainConfig:
     """Clip the global gradient norm."""
     dropout: float | None = None
     """Override all dropout probabilities of the model."""
+    grow_vocab: bool = False
+    """Add the characters of the text that the vocabulary lacks, with new rows in the embedding."""
     vocab: Literal["all", "corpus"] = "all"
     """corpus: train the embedding and the head for the ids that occur in the poems only. The other rows keep their values, and no
     poem is written with them."""
@@ -128,9 +147,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {_between(low, high)}")
-        for name in ("data", "model", "out", "cache_dir"):
-            if (value := getattr(self, name)) is not None:
-                given_path(f"--{name.replace('_', '-')}", value)
+        for name in ("data", "val_data", "model", "out", "cache_dir"):
+            value = getattr(self, name)
+            for path in value if isinstance(value, tuple) else [value] if value is not None else []:
+                given_path(f"--{name.replace('_', '-')}", path)
         if self.sample is not None and NO_POEM.search(self.sample):
             raise InputError(
                 f"--sample {self.sample!r:.80}", "holds what no poem does", "use characters of UTF-8 on one line"
@@ -173,7 +193,7 @@ EMBEDDED: dict[str, Any] = {
 
 def with_defaults(given: TrainConfig) -> TrainConfig:
     """The defaults under which `given`'s flags are to be read: those of its recipe, and the embedded run's where it names no data and no model."""
-    embedded = EMBEDDED if given.data is None and given.model is None else {}
+    embedded = EMBEDDED if not given.data and given.model is None else {}
     return TrainConfig(**{**embedded, **RECIPES[given.recipe]})
 
 
@@ -200,6 +220,11 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
         if value not in allowed:
             raise InputError(name, f"{value!r} is not one of them", "use " + " or ".join(allowed))
         return value
+    if kind.startswith("tuple"):
+        value = (value,) if isinstance(value, str | PurePath) else value
+        if isinstance(value, tuple | list) and all(isinstance(one, str | PurePath) for one in value):
+            return tuple(map(str, value))
+        raise InputError(name, "is of the wrong kind", "give a path, or several")
     base = kind.split(" |")[0]
     fits = {
         "str": isinstance(value, str | PurePath),

@@ -42,9 +42,11 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "save_every",
     }
-    | {"keep", "tensorboard", "sample", "data", "model", "from_scratch"}
+    | {"keep", "tensorboard", "sample", "data", "model", "from_scratch", "best", "patience"}
 )
-IN_THE_STORE = frozenset({"max_length", "convert", "buckets"})  # … and those that are compared as the store has them
+IN_THE_STORE = frozenset(
+    {"max_length", "convert", "buckets", "field", "line_break", "clean", "whole"}
+)  # … and those that are compared as the store has them
 ANOTHER = "name another folder with --out"
 
 

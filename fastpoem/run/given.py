@@ -40,10 +40,10 @@ class Given(NamedTuple):
 
 def take(config: TrainConfig, voice: Voice) -> Given:
     """Open everything that `config` names. Raises InputError."""
-    source = Path(config.data).expanduser() if config.data is not None else hub.BUNDLED / "poems.txt"
+    source = Path(config.data[0]).expanduser() if config.data else hub.BUNDLED / "poems.txt"
     if not is_store(source):
         source_files(source)  # raises for what is not there
-    name = config.model or (HUB_MODEL if config.data is not None else str(hub.BUNDLED / "model"))
+    name = config.model or (HUB_MODEL if config.data else str(hub.BUNDLED / "model"))
     model_folder = resolve_folder(name)
     shape, raw_config = hub.read_config(model_folder)
     if config.dropout is not None:
@@ -109,7 +109,7 @@ def _open_store(
         store.verify()
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
-    if config.data is None and cache is None:  # not beside the package's own files
+    if not config.data and cache is None:  # not beside the package's own files
         cache = user_cache()
     begin = time.perf_counter()
     store = cached_store(
