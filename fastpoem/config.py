@@ -87,13 +87,13 @@ class TrainConfig:
     whole: bool = False
     """A poem longer than --max-length is cut after its last whole sentence."""
     dedup: bool = False
-    """Train on one copy of each poem."""
+    """Train on one of each poem, where the text has copies of it."""
     val_poems: int | None = None
-    """Poems held out for validation. None: 512, never more than 5% of the corpus."""
+    """Poems held out for validation, with all their copies. None: 512, never more than 5% of the corpus."""
     val_data: tuple[str, ...] = ()
-    """Poems to validate on instead of held-out ones, in any form that --data takes."""
+    """Poems to validate on, in any form that --data takes. Nothing of --data is held out then."""
     best: bool = False
-    """Leave in RUN/model the weights with the lowest validation loss, not the last ones."""
+    """Leave in RUN/model the checkpoint with the lowest validation loss, not the last one."""
     patience: int | None = None
     """Stop after so many epochs without a lower validation loss."""
 
@@ -131,7 +131,7 @@ class TrainConfig:
     log_every: int = 100
     """Steps between lines of the log."""
     save_every: int | None = None
-    """Steps between checkpoints. None: at the end of an epoch."""
+    """Steps between checkpoints. None: at the end of an epoch, and about every ten minutes in between."""
     keep: int = 3
     """Checkpoints to keep: the newest, and beside them the one with the lowest validation loss."""
     resume: bool = False
@@ -157,6 +157,8 @@ class TrainConfig:
             )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
             raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
+        if self.val_data and self.val_poems:
+            raise InputError("--val-poems", "--val-data says what is validated on", "drop one of the two")
         if self.loss_on_padding and self.batching == "pack":
             raise InputError("--loss-on-padding", "packed batches have no padding", "drop it, or use --batching pad")
         if self.resume and self.out is None:

@@ -54,9 +54,10 @@ def make_store(
     buckets: int,
     convert: str | None,
     progress: Callable[[int], None] | None,
+    flag: str = "--out",
 ) -> None:
-    """Write the store of `source` at `out`; `fastpoem.corpus.store.prepare_store` says what the rest means."""
-    with _making(out) as folder:
+    """Write the store of `source` at `out`, which `flag` named; `fastpoem.corpus.store.prepare_store` says what the rest means."""
+    with _making(out, flag) as folder:
         before = _stamps(source)
         digest = source_digest(source)
         manifest = _make(source, tokenizer, folder, max_length, buckets, convert, progress)
@@ -278,7 +279,7 @@ def _duplicates(path: Path, rows: int) -> int:
 
 
 @contextlib.contextmanager
-def _making(out: Path) -> Iterator[Path]:
+def _making(out: Path, flag: str) -> Iterator[Path]:
     """A fresh hidden folder beside `out` that is gone afterwards, and the dead runs' like it now."""
     parent = out.resolve().parent
     try:
@@ -295,7 +296,7 @@ def _making(out: Path) -> Iterator[Path]:
                 discard(folder)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
-        raise InputError(out, reason, "free some space, mend the permissions or choose another --out") from None
+        raise InputError(out, reason, f"free some space, mend the permissions or choose another {flag}") from None
 
 
 def _sweep(parent: Path) -> None:

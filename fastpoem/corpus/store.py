@@ -107,6 +107,16 @@ class TokenStore:
         before = (same & (np.arange(RANK_STRIDE) < inside[:, None])).sum(axis=1)
         return which, self._ranks[stride, which] + before
 
+    def rows_at(self, bucket: int, places: np.ndarray) -> np.ndarray:
+        """The rows of the text, int64, that stand at the ascending `places` (n,) of a bucket: what `locate` began with."""
+        found, before = [np.empty(0, np.int64)], 0
+        for begin in range(0, self.rows if len(places) else 0, SLICE_BYTES):
+            here = np.flatnonzero(self._row_map[begin : begin + SLICE_BYTES] == bucket)
+            first, end = np.searchsorted(places, [before, before + len(here)])
+            found.append(begin + here[places[first:end] - before])
+            before += len(here)
+        return np.concatenate(found)
+
     @cached_property
     def _ranks(self) -> np.ndarray:
         """(strides, buckets) int64: how many rows of each bucket stand before each stride."""
@@ -199,7 +209,7 @@ def cached_store(
     if goal is None:
         raise InputError(folders[-1], "cannot be written", "name a writable folder with --cache-dir")
     # A name of the cache's own: whatever is there makes way.
-    make_store(source, tokenizer, goal / name, max_length, buckets, convert, progress)
+    make_store(source, tokenizer, goal / name, max_length, buckets, convert, progress, "--cache-dir")
     return TokenStore.open(goal / name)
 
 

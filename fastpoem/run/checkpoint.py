@@ -3,7 +3,8 @@
 `checkpoints/step-00001234/` is a model folder that transformers loads (weights, configuration, tokenizer) with the rest of a run's state
 beside it: optimizer.safetensors, and state.json, which names size and sha256 of every file and holds a checksum of itself. It is written
 as `.checkpoint.partial` in the run's folder, flushed to disk and renamed, by a thread of its own from a copy of the state, so that training
-goes on meanwhile. The newest `keep` stay, and the one with the lowest validation loss.
+goes on meanwhile. The newest `keep` stay, and the one with the lowest validation loss. Those written by the clock or on a signal are only
+passing: they stay until one that was due anyway is newer, and push none of these out.
 
 What is read is hostile until it has been checked: sizes before hashes, hashes before headers, headers before a byte of state is changed.
 """
@@ -17,6 +18,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -32,7 +34,7 @@ from fastpoem.errors import InputError
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.paths import spelled
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "checkpoints"
 OPTIMIZER, STATE = "optimizer.safetensors", "state.json"
 LARGEST_STATE = 1 << 22
@@ -59,11 +61,12 @@ def write(
 ) -> Path:
     """Write the checkpoint of `step` and drop those that `keep` does not cover. Returns its folder.
 
-    tensors: on the CPU. beside: the model folder's other files. state: what JSON can hold; `val_loss` in it ranks the checkpoint.
+    tensors: on the CPU. beside: the model folder's other files. state: what JSON can hold; `val_loss` in it ranks the checkpoint,
+    `passing` says that the next one that is not takes its place.
     hold: raises where `run` is not to be written to any more; asked before each change in it that is not the attempt's own.
     Raises OSError where the disk refuses: nothing is left of the attempt, and nothing was dropped for it.
     """
-    made, goal = run / PARTIAL, run / FOLDER / f"step-{step:08d}"
+    made, goal = run / PARTIAL, folder_of(run, step)
     hold()
     disk.recover(made, goal)
     made.mkdir(parents=True)
@@ -91,6 +94,21 @@ def listed(run: Path) -> list[tuple[int, Path]]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return sorted(found, reverse=True)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}"
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint by name, on the CPU. Raises Damaged, or OSError where it is not there."""
+    files = _described(path)["files"]
+    _compare(path, {name: entry for name, entry in files.items() if name != OPTIMIZER})
+    try:
+        with spelled(path / WEIGHTS) as called, safe_open(called, framework="pt") as stream:
+            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise Damaged(str(error)) from error
 
 
 def newest_whole(run: Path) -> Path | None:
@@ -202,28 +220,35 @@ def _load(path: Path, into: Tensors) -> None:
 
 
 def _drop_old(run: Path, written: int, keep: int) -> None:
-    """Remove all but the newest `keep` and the best, each by a rename first: whatever is in checkpoints/ is complete.
+    """Remove all but the newest `keep`, the best, and of the passing ones the newest two since the newest of these; each by a rename first:
+    whatever is in checkpoints/ is complete.
 
     Those of later steps than the one just written were passed over when the run went on from an earlier one: they go too.
     """
-    found = [(step, path) for step, path in listed(run) if step <= written]
-    later = [path for step, path in listed(run) if step > written]
-    losses = {path: loss for _, path in found if (loss := _val_loss(path)) is not None}
-    best = min(losses, key=losses.__getitem__, default=None)
-    for path in [*later, *(path for _, path in found[keep:])]:
-        if path != best:
+    states = {path: _state(path) for step, path in listed(run) if step <= written}  # newest first
+    due = [path for path, state in states.items() if not state.get("passing")]
+    passing = [path for path in states if path not in due and (not due or path.name > due[0].name)]
+    losses = {path: state["val_loss"] for path, state in states.items() if _is_loss(state.get("val_loss"))}
+    best = min(reversed(losses), key=losses.__getitem__, default=None)  # the earliest of the lowest
+    for _, path in listed(run):
+        if path not in (best, *due[:keep], *passing[: min(2, keep)]):
             with suppress(OSError):
                 disk.discard(run / DROPPED)
                 os.rename(path, run / DROPPED)
                 disk.discard(run / DROPPED)
 
 
-def _val_loss(path: Path) -> float | None:
+def _state(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, nothing where it is damaged."""
     try:
-        loss = _described(path)["state"].get("val_loss")
+        state: dict[str, Any] = _described(path)["state"]
     except (Damaged, OSError):
-        return None
-    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+        return {}
+    return state
+
+
+def _is_loss(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -233,19 +258,24 @@ def _checksum(content: Mapping[str, Any]) -> str:
 
 class Saver:
     """Runs jobs that write, one at a time, in a thread of low priority. `error` says why the last one failed, or is None; `by_the_disk`
-    whether that is something a person can mend."""
+    whether that is something a person can mend; `ended` when it was done, by time.monotonic()."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say, self.error, self.by_the_disk, self._coming = say, None, False, None
+        self.ended = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
 
     error: str | None
     _coming: Future[None] | None
 
-    def start(self, name: str, job: Callable[[], object]) -> None:
-        """Begin `job` when the one before it is done. What the disk refuses is said, kept in `error`, and not raised."""
+    def start(self, name: str, job: Callable[[], object], *, then: str = "") -> None:
+        """Begin `job` when the one before it is done. What the disk refuses is said, with `then`, kept in `error`, and not raised."""
         self.wait()
-        self._coming = self._thread.submit(self._run, name, job)
+        self._coming = self._thread.submit(self._run, name, job, then)
+
+    @property
+    def busy(self) -> bool:
+        return self._coming is not None and not self._coming.done()
 
     def wait(self) -> None:
         """Until nothing is being written. Raises what a job raised that was not the disk's fault."""
@@ -256,13 +286,15 @@ class Saver:
     def close(self) -> None:
         self._thread.shutdown()
 
-    def _run(self, name: str, job: Callable[[], object]) -> None:
+    def _run(self, name: str, job: Callable[[], object], then: str) -> None:
         try:
             job()
             self.error = None
         except (OSError, NotFinite) as error:
             self.error, self.by_the_disk = f"{name} could not be written: {error}", isinstance(error, OSError)
-            self.say(f"{self.error}; training goes on and tries again at the next checkpoint")
+            self.say(f"{self.error}{then}")
+        finally:
+            self.ended = time.monotonic()
 
 
 class NotFinite(ArithmeticError):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
@@ -32,7 +33,7 @@ from fastpoem.model.attention import Varlen
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.model.vocabulary import GENERATION, Narrowed
-from fastpoem.run import checkpoint, folder
+from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
@@ -61,6 +62,7 @@ class Run:
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
     """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong, NotSaved
     where the disk does not take the result."""
+    about: str | None = None
     with assembled(config, voice or Voice()) as (loop, export), StopRequest() as stop:
         try:
             loop.run(stop)
@@ -70,8 +72,11 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
                     export(loop.folder / "model")
             raise
         if stop.signal is None:
+            with loop.voice.phase("reading the best checkpoint"):
+                about, weights = best.choose(loop.folder, loop.best, loop.done, wanted=config.best)
             try:
-                export(loop.folder / "model")
+                with loop.voice.phase("writing the model"):
+                    export(loop.folder / "model", weights)
             except OSError as error:
                 reason = f"{loop.folder / 'model'} could not be written: {error}"
                 raise NotSaved(
@@ -79,6 +84,8 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
                 ) from error
     run = Run(loop.folder, loop.metrics.rows, stop.signal)
     if run.stopped_by is None:
+        if about is not None:
+            loop.voice.say(about)
         loop.voice.say(f"the trained model is in {run.model}")
         for poem in run.generate(config.sample, seed=config.seed) if config.sample is not None else ():
             loop.voice.say(poem)
@@ -86,8 +93,9 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
 
 
 @contextlib.contextmanager
-def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[[Path], None]]]:
-    """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder."""
+def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[..., None]]]:
+    """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder: the loop's weights, or others
+    by name."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     device = choose_device(config.device)
@@ -106,8 +114,16 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
         voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
+    elif config.lr == 0:
+        voice.say("--lr 0: nothing will be learned")
+    elif config.from_scratch and config.lr < RATE_BY_WIDTH / shape.n_embd / 4:
+        right = RATE_BY_WIDTH / shape.n_embd
+        voice.say(
+            f"--lr {config.lr:.2g} is for going on from trained weights: from scratch, about {right:.1g} learns more"
+        )
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
-    dtype, why = _choose_precision(config, device, computed, store, out)
+    with voice.phase("measuring which precision is faster"):
+        dtype, why = _choose_precision(config, device, computed, store, out)
     varlen, about_attention = _choose_attention(config, device, dtype, shape.n_embd // shape.n_head)
     trusted = decide(config, device, dtype, computed.vocab_size, voice.say)
     if not trusted.sdpa:
@@ -115,7 +131,10 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if varlen is not None and not trusted.varlen:
         varlen, about_attention = None, None
     goes_on = config.resume and bool(checkpoint.listed(out))
-    model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
+    with voice.phase(
+        "making the model" if config.from_scratch or goes_on else f"reading the weights of {given.model_folder}"
+    ):
+        model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
     with enough_memory(config, device):
         model.to(device)
@@ -133,38 +152,52 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         beside[GENERATION] = narrowed.generation_config(special)
 
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
-        identity = folder.identity(config, store, shape, dtype)
+        identity = folder.identity(config, store, shape, dtype, given.validation)
         table = None if ids is None else numbering(ids, store)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
         pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
         shapes = _shapes(order, feed)
-        step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+        with voice.phase("getting the step ready: compiling, recording"):
+            step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
         loop = Loop(
-            config, out, device, model, step, order, feed, given.held, voice, identity, beside, claim.hold, narrowed
+            config,
+            out,
+            device,
+            model,
+            step,
+            order,
+            feed,
+            given.validation,
+            voice,
+            identity,
+            beside,
+            claim.hold,
+            narrowed,
         )
         torch.manual_seed(config.seed)
-        state = _resume(loop, config) if config.resume else None
+        with voice.phase("reading the newest checkpoint"):
+            state = _resume(loop, config) if config.resume else None
         if state is None and goes_on:  # the model has no weights yet
             raise InputError(out, "its checkpoints vanished while this command began", "give it again")
         with folder.refused_by_the_disk(out):
             loop.begin(state)
-            folder.write_config(out, config, identity, store, device, dtype)
+            claim.config = folder.write_config(out, config, identity, store, device, dtype)
         if about_attention:
             voice.say(about_attention)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
-        voice.say(
-            f"{order.steps:,} steps an epoch of {config.batch_size} poems, {len(given.held):,} poems held out for validation"
-        )
+        voice.say(f"{order.steps:,} steps an epoch of {config.batch_size} poems")
         if state is not None:
-            left = "nothing is left to do" if loop.done >= loop.last_step else "going on"
+            left = "nothing is left to do" if loop.is_over else "going on"
             end = f"of {loop.last_step}" if loop.done <= loop.last_step else f"(past the {loop.last_step} asked for)"
             voice.say(f"step {loop.done} {end} is done: {left}")
 
-        def export(goal: Path) -> None:
+        def export(goal: Path, weights: Mapping[str, Tensor] | None = None) -> None:
             claim.hold()
-            weights = dict(optimizer.named(optimizer.master))
-            hub.write_folder(goal, weights if narrowed is None else narrowed.widen(weights), beside)
+            if weights is None:
+                weights = dict(optimizer.named(optimizer.master))
+                weights = weights if narrowed is None else narrowed.widen(weights)
+            hub.write_folder(goal, weights, beside)
 
         try:
             yield loop, export
@@ -200,6 +233,14 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
     before, now = state["length"], loop.length
     if config.schedule != "constant" and before != now and state["step"] < loop.last_step:
         loop.voice.say(f"the learning rate falls over {now} from here on, where it fell over {before}")
+    rose, rises = state["warmup"], loop.warmup
+    if rose != rises and state["step"] < min(max(rose, rises), loop.last_step):
+        loop.voice.say(f"the learning rate rises over {rises} steps, where it rose over {rose}")
+    before, now = state["arithmetic"], loop.arithmetic
+    if before != now and state["step"] < loop.last_step:
+        loop.voice.say(
+            f"computed by {now} from here on, where it was by {before}: the last digits differ, and dropout drops others"
+        )
     return state
 
 

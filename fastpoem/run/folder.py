@@ -26,6 +26,7 @@ from fastpoem.errors import Ended, InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.run import checkpoint
+from fastpoem.run.validate import Validation
 
 # Settings that a resumed run may change: they say how long, where and how loudly, not what is computed …
 FREE_ON_RESUME = frozenset(
@@ -42,11 +43,12 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "save_every",
     }
-    | {"keep", "tensorboard", "sample", "data", "model", "from_scratch", "best", "patience"}
+    | {"keep", "tensorboard", "sample", "data", "model", "from_scratch", "val_data", "best", "patience"}
 )
 IN_THE_STORE = frozenset(
     {"max_length", "convert", "buckets", "field", "line_break", "clean", "whole"}
 )  # … and those that are compared as the store has them
+CONFIG = "config.json"
 ANOTHER = "name another folder with --out"
 
 
@@ -100,11 +102,12 @@ class Claim:
 
     def __init__(self, out: Path) -> None:
         self.out, self._one_at_a_time = out, threading.Lock()
+        self.config: bytes | None = None  # of config.json, once it is written
         self._lock = self._take()
 
     def hold(self) -> None:
-        """To be called before anything is written: a folder that vanished is made again. Raises Taken where another run has it by
-        now, OSError where it cannot be made."""
+        """To be called before anything is written: a folder that vanished is made again, with its config.json. Raises Taken where another
+        run has it by now, OSError where it cannot be made."""
         path = self.out / ".lock"
         with self._one_at_a_time:
             if not path.exists():
@@ -116,6 +119,8 @@ class Claim:
                     f"{self.out} was removed while this run was writing there, and another run has it now: nothing of this run was "
                     "written into it. Start again with another --out"
                 )
+            if self.config is not None and not (self.out / CONFIG).exists():
+                put_config(self.out, self.config)
 
     def close(self) -> None:
         self._lock.close()
@@ -174,7 +179,9 @@ def refused_by_the_disk(out: Path) -> Iterator[None]:
         raise InputError(error.filename or out, f"cannot be written ({error.strerror or error})", mend) from None
 
 
-def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: torch.dtype) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: torch.dtype, validation: Validation
+) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     free = FREE_ON_RESUME | IN_THE_STORE
     source, counts = store.manifest["source"], store.manifest["counts"]
@@ -188,6 +195,7 @@ def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: t
             "token store": store.identity,
         },
         "tokenizer": store.fingerprint,
+        "val_data": f"{validation.store.rows} poems ({validation.store.identity[:8]})" if validation.own else None,
         "shape": dataclasses.asdict(shape),
         "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in free},
     }
@@ -231,8 +239,8 @@ def _short(value: Any) -> str:
 
 def write_config(
     out: Path, config: TrainConfig, same: dict[str, Any], store: TokenStore, device: torch.device, dtype: torch.dtype
-) -> None:
-    """RUN/config.json: every setting, the versions, the store's identity. Raises OSError."""
+) -> bytes:
+    """RUN/config.json: every setting, the versions, the store's identity. Returns its content. Raises OSError."""
     packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
     on_gpu = device.type == "cuda"
     content = {
@@ -245,7 +253,14 @@ def write_config(
         "tokenizer": store.fingerprint,
         "model": same["shape"],
     }
-    made = out / ".config.json.partial"
+    text = (json.dumps(content, indent=2) + "\n").encode()
+    put_config(out, text)
+    return text
+
+
+def put_config(out: Path, content: bytes) -> None:
+    """Write RUN/config.json in one step. Raises OSError."""
+    made = out / f".{CONFIG}.partial"
     made.unlink(missing_ok=True)
-    disk.write_bytes(made, (json.dumps(content, indent=2) + "\n").encode())
-    os.replace(made, out / "config.json")
+    disk.write_bytes(made, content)
+    os.replace(made, out / CONFIG)

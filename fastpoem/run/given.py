@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastpoem.config import HUB_MODEL, TrainConfig
-from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
+from fastpoem.corpus.copies import how_many_in
+from fastpoem.corpus.hold_out import HeldOut, hold_out, one_of_each
+from fastpoem.corpus.plan import BucketOrder, Order, TextOrder
 from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
@@ -25,6 +27,9 @@ from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.paths import user_cache
 from fastpoem.run.metrics import Voice
+from fastpoem.run.validate import Validation
+
+NO_VALIDATION = "name a validation set with --val-data, or hold some poems out with --val-poems"
 
 
 class Given(NamedTuple):
@@ -33,7 +38,7 @@ class Given(NamedTuple):
     raw_config: dict[str, Any]  # the model's config.json
     tokenizer: PoemTokenizer
     store: TokenStore
-    held: np.ndarray  # rows held out for validation, sorted int64
+    validation: Validation
     order: Order
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
 
@@ -64,13 +69,23 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     store = _open_store(config, source, tokenizer, shape, voice)
     for line in _lost(store):
         voice.say(line)
-    held = held_out_rows(store.rows, config.val_poems, config.seed)
+    own = (
+        _open_store(config, Path(config.val_data[0]).expanduser(), tokenizer, shape, voice) if config.val_data else None
+    )
+    with voice.phase("looking for copies of poems"):
+        held = hold_out(store, 0 if own else config.val_poems, config.seed, dedup=config.dedup)
+        validation = Validation(store, held.validation) if own is None else Validation(own, one_of_each(own), own=True)
+    for line in _sides(config, store, held, validation):
+        voice.say(line)
+    for flag, asked in (("--best", config.best), ("--patience", config.patience)):
+        if asked and not len(validation.rows):
+            raise InputError(flag, "it goes by the validation loss, and nothing is held out", NO_VALIDATION)
     try:
-        order = _order(config, store, held)
+        order = _order(config, store, held.left_out)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
-    ids = _ids(config, store, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
-    return Given(model_folder, shape, raw_config, tokenizer, store, held, order, ids)
+    ids = _ids(config, store, own, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
+    return Given(model_folder, shape, raw_config, tokenizer, store, validation, order, ids)
 
 
 def _lost(store: TokenStore) -> Iterator[str]:
@@ -81,6 +96,25 @@ def _lost(store: TokenStore) -> Iterator[str]:
     if counts["unknown"] > 0.01 * counts["tokens"]:
         often = " ".join(text for text, _ in store.manifest["unknown"][:8])
         yield f"{counts['unknown'] / counts['tokens']:.1%} of the tokens are [UNK], characters that the vocabulary lacks: {often} …"
+
+
+def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Validation) -> Iterator[str]:
+    """What is trained on once, twice and not at all, and what is validated on."""
+    duplicates = store.manifest["counts"]["duplicates"]
+    if config.dedup:
+        yield f"copies of other poems, not trained on: {held.repeats:,}"
+    elif duplicates:
+        yield f"copies of other poems: {duplicates:,} (--dedup trains on one of each)"
+    count = len(validation.rows)
+    if validation.own:
+        yield f"validation on {count:,} poems of {', '.join(config.val_data)}"
+        if known := how_many_in(store, validation.store, validation.rows):
+            yield f"of these, {known:,} are in the training text too: on them the loss says nothing of new poems"
+    elif count:
+        copies = f", and {held.copies:,} copies of them left out" if held.copies else ""
+        yield f"held out for validation: {count:,} poems{copies}"
+    elif config.val_poems != 0 and store.rows - held.repeats >= 20:
+        yield "nothing is held out: with its copies, every poem drawn for it is more than 5% of the text"
 
 
 def _open_store(
@@ -106,28 +140,38 @@ def _open_store(
         if store.buckets[-1].length > longest:
             reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
             raise InputError(source, reason, f"prepare the text again with --max-length {longest}")
-        store.verify()
+        with voice.phase(f"checking {source}"):
+            store.verify()
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
     if not config.data and cache is None:  # not beside the package's own files
         cache = user_cache()
     begin = time.perf_counter()
-    store = cached_store(
-        source,
-        tokenizer,
-        cache_dir=cache,
-        max_length=config.max_length or min(512, longest),
-        buckets=config.buckets,
-        convert=None if config.convert == "none" else config.convert,
-    )
+    with voice.phase(f"reading {source.name}"):
+        store = cached_store(
+            source,
+            tokenizer,
+            cache_dir=cache,
+            max_length=config.max_length or min(512, longest),
+            buckets=config.buckets,
+            convert=None if config.convert == "none" else config.convert,
+        )
     voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
     return store
 
 
-def _ids(config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocabulary: int, voice: Voice) -> np.ndarray:
+def _ids(
+    config: TrainConfig,
+    store: TokenStore,
+    own: TokenStore | None,
+    tokenizer: PoemTokenizer,
+    vocabulary: int,
+    voice: Voice,
+) -> np.ndarray:
     """The ids that --vocab corpus trains, (K,) ascending."""
     special = [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.unk_id]
-    ids, occurring = kept_ids(store, (one for one in special if one is not None), vocabulary)
+    others = [own] if own else []
+    ids, occurring = kept_ids(store, (one for one in special if one is not None), vocabulary, *others)
     voice.say(f"{occurring:,} of {vocabulary:,} ids occur: {len(ids):,} are trained, the others keep their weights")
     if config.sample is not None and not np.isin(tokenizer.encode([config.sample], 65535)[0], ids).all():
         voice.say("--sample has characters that no poem has: they are not trained")

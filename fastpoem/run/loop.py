@@ -6,33 +6,35 @@ Everything a run goes on with is here twice: as tensors (`Loop.tensors`, where a
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from fastpoem_kernels import native
 from torch import Tensor, nn
 
 from fastpoem import disk
 from fastpoem.config import TrainConfig
-from fastpoem.corpus.feed import Feed, Rows, validation_steps
+from fastpoem.corpus.feed import Feed, Rows
 from fastpoem.corpus.plan import Order
 from fastpoem.engine.optim import learning_rate
-from fastpoem.engine.step import GIVE_UP, NOTED, TrainStep, evaluate, rng_state, set_rng_state
+from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
 from fastpoem.errors import Ended
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.model.vocabulary import EMBEDDING, Narrowed
-from fastpoem.run import checkpoint
+from fastpoem.run import best, checkpoint, tally
+from fastpoem.run.best import Best
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
 from fastpoem.run.signals import StopRequest
-from fastpoem.run.watch import WINDOW, Spike, Watch
+from fastpoem.run.tally import NOTHING, Tally
+from fastpoem.run.validate import Told, Validation
 
+SAVE_SECONDS = 600.0  # between checkpoints, where --save-every does not say which steps have one
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 FLATS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -45,13 +47,9 @@ class NotSaved(Ended):
     """Training ended and the disk did not take its last state."""
 
 
-class _Told(Exception):
-    """To stop, in the middle of a validation."""
-
-
 @dataclass
 class Loop:
-    """Everything a run goes on with. `done` optimizer steps are behind it, `seconds` of training among them. Begins with `begin`."""
+    """Everything a run goes on with. `done` optimizer steps are behind it. Begins with `begin`."""
 
     config: TrainConfig
     folder: Path
@@ -60,20 +58,15 @@ class Loop:
     step: TrainStep
     order: Order
     feed: Feed
-    validation_rows: np.ndarray
+    validation: Validation
     voice: Voice
     identity: dict[str, Any]  # what a resumed run must have in common with this one
     beside: Mapping[str, bytes]  # what lies beside the weights in a model folder
     hold: Callable[[], None]  # raises where the folder is another run's by now
     narrowed: Narrowed | None = None  # where not every id is trained
     done: int = 0
-    seconds: float = 0.0
     _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
     _val_loss: float | None = None  # after the last step, where it ended an epoch
-    _skipped: int = 0  # of the epoch's skipped steps, those told already
-    _spike: Spike | None = None  # the worst since the last row
-    _before_last: tuple[int, Spike | None] = (0, None)  # these two before the last row
-    _unlogged: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "poems": 0, "seconds": 0.0})
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Open the run's files, to go on from a checkpoint's `state` (whose tensors are in place) or at the beginning. Raises OSError."""
@@ -81,10 +74,9 @@ class Loop:
         self._saved_at: object = None  # where the newest checkpoint stands
         keep = None
         if state is not None:
-            self.done, self.seconds = state["step"], state["seconds"]
-            self._epoch_due, self._skipped = state["epoch_due"], state["skipped"]
-            self._spike = state["spike"] and Spike(*state["spike"])
-            self.watch.restore(state["watch"])
+            self.done, self._epoch_due, self._val_loss = state["step"], state["epoch_due"], state["val_loss"]
+            self.tally.restore(state)
+            self.best = Best.of(state)
             self._saved_at = (self.done, self._epoch_due)
             keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
         self.metrics = Metrics(
@@ -99,7 +91,7 @@ class Loop:
     def __post_init__(self) -> None:
         # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
         self._copying: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self.watch, self._forms = Watch(self.step.account.losses), self.step.forms()
+        self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
         self._copies = {
             name: getattr(self.step.optimizer, name).clone() for name in FLATS
         }  # clone: pages are touched now, not at a save
@@ -118,27 +110,48 @@ class Loop:
         """What the schedule's fall depends on, in words."""
         return f"{self.config.epochs} epochs" if self.config.schedule == "epoch-cosine" else f"{self.last_step} steps"
 
+    @property
+    def warmup(self) -> int:
+        """Steps over which the learning rate rises."""
+        asked = self.config.warmup_steps
+        return min(100, self.last_step // 20) if asked is None else asked
+
+    @property
+    def arithmetic(self) -> str:
+        """What computes, as far as that decides which numbers are dropped, in words."""
+        if self.device.type != "cpu":
+            return f"{self.device.type}"
+        in_c = self.step.optimizer.working.dtype == torch.float32 and native.why_not() is None
+        return "C on the CPU" if in_c else "PyTorch's operators on the CPU"
+
+    @property
+    def is_over(self) -> bool:
+        """All asked for is done, or nothing better has come for --patience epochs."""
+        patience = self.config.patience
+        return not self._epoch_due and (
+            self.done >= self.last_step or (patience is not None and self.best.since >= patience)
+        )
+
     def run(self, stop: StopRequest) -> int | None:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
         self.model.train()
         self.voice.start(self.done, self.last_step)
         try:
-            while (self.done < self.last_step or self._epoch_due) and stop.signal is None:
+            while not self.is_over and stop.signal is None:
                 if not self._epoch_due:
                     self.one_step()
                 if self._epoch_due and not self._end_epoch(stop):
                     break
-                every = self.config.save_every
-                if (
-                    (every and self.done % every == 0)
-                    or self.done % self.order.steps == 0
-                    or self.done == self.last_step
-                ):
-                    self.save()
+                if self._is_due():
+                    self.save(last=self.is_over)
+                elif self.config.save_every is None and self._is_time():
+                    self.save(passing=True)
             if stop.signal is not None and (self.done, self._epoch_due) != self._saved_at:
-                self.save()
+                self.save(passing=True, last=True)
             self._finish_saving(stop)
-            if stop.signal is None and self.done % self.order.steps:
+            if stop.signal is None and self.done < self.last_step:
+                self.voice.say(f"stopped after {self.best.since} epochs without a lower validation loss (--patience)")
+            elif stop.signal is None and self.done % self.order.steps:
                 self._end_epoch(stop)  # cut short by max_steps: said last, as a longer run would not have said it here
         finally:
             self.voice.stop()
@@ -157,24 +170,22 @@ class Loop:
             steps_per_epoch=self.order.steps,
             epochs=config.epochs,
             last_step=self.last_step,
-            warmup=min(100, self.last_step // 20) if config.warmup_steps is None else config.warmup_steps,
+            warmup=self.warmup,
         )
         self.step(rows, lr)
-        self.watch.count += 1
+        self.tally.watch.count += 1
         self.done += 1
         self._val_loss, self._epoch_due = None, self.done % self.order.steps == 0
         speak = self._is_regular(self.done) or self.done == self.last_step
         diverged = False
-        if speak or self.watch.is_full or self.device.type == "cpu":  # elsewhere looking would stop the device
+        if speak or self.tally.watch.is_full or self.device.type == "cpu":  # elsewhere looking would stop the device
             self._look()
             diverged = int(self.step.account.most_failed) >= GIVE_UP
         took = time.perf_counter() - begin - (self.step.setup_seconds - setup)
         if (forms := self.step.forms()) > self._forms:
             self.voice.say(f"step {self.done}: the model was compiled again, which its warm-up should have spared it")
             self._forms = forms
-        self.seconds += took
-        for name, amount in (("tokens", rows.tokens), ("poems", config.batch_size), ("seconds", took)):
-            self._unlogged[name] += amount
+        self.tally.add(rows.tokens, config.batch_size, took)
         if speak or diverged:
             self._tell(epoch, lr, rows)
         if diverged:
@@ -183,38 +194,28 @@ class Loop:
 
     def _look(self) -> None:
         """Report losses far above those before them."""
-        for spike in self.watch.look(self.done):
+        for spike in self.tally.look(self.done):
             self.voice.say(
                 f"step {spike.step}: loss {spike.loss:.4f} is {spike.z:.1f} standard deviations above the mean of the steps before, "
                 f"{spike.mean:.4f}"
             )
-            self._spike = max(self._spike or spike, spike, key=lambda one: one.z)
 
     def _tell(self, epoch: int, lr: float, rows: Rows) -> None:
         """Write a step's row. Synchronises with the device."""
         result = self.step.result()
         row = {"step": self.done, "epoch": epoch + 1, "lr": lr, "loss": result.loss}
         row |= {"accuracy": result.correct / max(1, result.counted), "grad_norm": result.norm}
-        if skipped := (told := self.step.totals().skipped) - self._skipped:
-            row |= {"skipped": skipped}
-        self._before_last = self._skipped, self._spike
-        if self._spike is not None:
-            row |= {"spike_step": self._spike.step, "spike_z": self._spike.z}
-        self._skipped, self._spike = told, None
-        tokens, poems, seconds = self._unlogged.values()
-        row |= {"poems": self.config.batch_size, "tokens": rows.tokens, "tokens_per_s": tokens / seconds}
-        row |= {"poems_per_s": poems / seconds, "seconds": self.seconds}
+        row |= {"poems": self.config.batch_size, "tokens": rows.tokens, **self.tally.row(self.step.totals())}
         self.metrics.write(row)
-        left = (self.last_step - self.done) * self.seconds / self.done
+        left = self.tally.seconds_left(self.last_step - self.done)
         self.voice.say(step_line(row, self.config.epochs, self.last_step, left))
-        self._unlogged = dict.fromkeys(self._unlogged, 0)
 
     def _give_up(self) -> None:
         """Save what there is, which the failed steps have not touched, and raise Diverged with where it is."""
         account = self.step.account
         account.failed_in_a_row.zero_()  # or a run that goes on from here would give up at once
         account.most_failed.zero_()
-        self.save()
+        self.save(passing=True, last=True)
         self.saver.wait()
         saved = checkpoint.newest_whole(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
@@ -229,28 +230,40 @@ class Loop:
         row: dict[str, Any] = {"event": "epoch", "step": self.done, "epoch": -(-self.done // self.order.steps)}
         row |= {"mean_loss": trained.loss, "mean_accuracy": trained.accuracy, "tokens": trained.counted}
         row |= {"skipped": trained.skipped, "val_loss": None, "val_accuracy": None}
-        if len(self.validation_rows):
-            steps = validation_steps(self.feed.store, self.validation_rows, self.config.batch_size)
+        if len(self.validation.rows):
+            batches = self.validation.batches(self.config.batch_size, self.feed.table, stop)
             try:
-                batches = _until_told(stop, map(Feed(self.feed.store, "bucket", table=self.feed.table), steps))
-                found = evaluate(self.model, batches, self.device, self.step.pad_id, self.step.optimizer.kernels)
-            except _Told:
+                with self.voice.phase(f"validating on {len(self.validation.rows):,} poems"):
+                    found = evaluate(self.model, batches, self.device, self.step.pad_id, self.step.optimizer.kernels)
+            except Told:
                 self.model.train()
                 return False
             row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
-        self._epoch_due, self._val_loss, self._skipped = False, row["val_loss"], 0
+            self.best.add(self.done, found.loss)
+        self._epoch_due, self._val_loss, self.tally.told = False, row["val_loss"], NOTHING
         self.step.reset()
         self.metrics.write(row)
         self.voice.say(epoch_line(row, self.config.epochs))
         return True
 
-    def save(self) -> None:
-        """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread."""
+    def _is_due(self) -> bool:
+        """Does this step have a checkpoint, whenever it comes?"""
+        every = self.config.save_every
+        return bool((every and self.done % every == 0) or self.done % self.order.steps == 0) or self.is_over
+
+    def _is_time(self) -> bool:
+        """Has no checkpoint been written for long? By the clock, so that it costs little, and which step it is makes no difference to any."""
+        return not self.saver.busy and time.monotonic() - self.saver.ended >= SAVE_SECONDS
+
+    def save(self, *, passing: bool = False, last: bool = False) -> None:
+        """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread.
+
+        passing: it is not due, and makes way for the next that is. last: training does not go on after it."""
         self.saver.wait()
         self._saved_at = (self.done, self._epoch_due)
         for name, copy in self._copies.items():
             copy.copy_(getattr(self.step.optimizer, name))
-        tensors, state, done = self.tensors(self._copies), self.state(), self.done
+        tensors, state, done = self.tensors(self._copies), {**self.state(), "passing": passing}, self.done
         small = tensors[OPTIMIZER]
         small |= {name: tensor.clone() for name, tensor in small.items() if not name.startswith("exp_avg")}
         copied = None
@@ -269,18 +282,20 @@ class Loop:
                 disk.flush(self.metrics.path)
             checkpoint.write(self.folder, done, host, self.beside, state, self.config.keep, self.hold)
 
-        self.saver.start(f"the checkpoint of step {done}", job)
+        then = "" if last else "; training goes on and tries again at the next checkpoint"
+        self.saver.start(f"the checkpoint of step {done}", job, then=then)
 
     def _finish_saving(self, stop: StopRequest) -> None:
         """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""
-        self.saver.wait()
+        with self.voice.phase("writing the last checkpoint"):
+            self.saver.wait()
         self.metrics.flush()
         for _ in range(PATIENCE):
             if self.saver.error is None or not self.saver.by_the_disk or stop.signal is not None:
                 break
             self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
             stop.wait(RETRY_SECONDS)
-            self.save()
+            self.save(last=True)
             self.saver.wait()
             self.metrics.flush()
         if self.saver.error is not None:
@@ -319,17 +334,16 @@ class Loop:
         """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short,
         and tells in its next one what that row told."""
         cut_short = self.done == self.last_step and not self._is_regular(self.done)
-        skipped, spike = self._before_last if cut_short else (self._skipped, self._spike)
         return {
-            "seconds": self.seconds,
+            **self.tally.state(without_last=cut_short),
             "epoch_due": self._epoch_due,
             "val_loss": self._val_loss,
-            "skipped": skipped,
-            "spike": spike,
-            "watch": self.watch.state(),
+            "best": self.best.state(),
             "metrics": self.metrics.mark(without_last=cut_short),
             "metrics_at_the_end": self.metrics.mark(),
             "length": self.length,
+            "warmup": self.warmup,
+            "arithmetic": self.arithmetic,
             "identity": self.identity,
         }
 
@@ -341,37 +355,20 @@ class Loop:
 def check_state(state: Mapping[str, Any]) -> None:
     """Raises Damaged for what `Loop.state` cannot have written."""
     count = lambda value: type(value) is int and value >= 0
-    real = lambda value: type(value) is float and math.isfinite(value)
     mark = lambda value: isinstance(value, list) and len(value) == 2 and count(value[0]) and isinstance(value[1], str)
-    watch, spike = state.get("watch"), state.get("spike", ())
     fits = (
-        real(state.get("seconds"))
+        tally.fits(state)
+        and best.fits(state)
         and type(state.get("epoch_due")) is bool
-        and count(state.get("skipped"))
-        and (
-            spike is None
-            or (isinstance(spike, list) and len(spike) == 4 and count(spike[0]) and all(map(real, spike[1:])))
-        )
-        and isinstance(watch, dict)
-        and count(watch.get("count"))
-        and watch["count"] < NOTED
-        and isinstance(watch.get("window"), list)
-        and len(watch["window"]) <= WINDOW
-        and all(map(real, watch["window"]))
         and mark(state.get("metrics"))
         and mark(state.get("metrics_at_the_end"))
         and isinstance(state.get("length"), str)
+        and count(state.get("warmup"))
+        and isinstance(state.get("arithmetic"), str)
         and isinstance(state.get("identity"), dict)
     )
     if not fits:
         raise checkpoint.Damaged("its state is not one of a run")
-
-
-def _until_told(stop: StopRequest, batches: Iterable[Rows]) -> Iterator[Rows]:
-    for batch in batches:
-        if stop.signal is not None:
-            raise _Told
-        yield batch
 
 
 def _to_host(

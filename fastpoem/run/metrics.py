@@ -7,8 +7,9 @@ import hashlib
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from fastpoem import disk
 
 LONGEST_ROW = 1 << 16  # bytes
+NOTICED = 3.0  # seconds of silence after which somebody wonders
 
 
 class Mark(NamedTuple):
@@ -202,6 +204,17 @@ class Voice:
         except OSError:  # a terminal that is gone
             self.console.on_broken_pipe()
 
+    @contextmanager
+    def phase(self, what: str) -> Iterator[None]:
+        """Inside, something is done that says nothing of its own: if it lasts long enough to be noticed, `what` is said."""
+        timer = threading.Timer(NOTICED, self.say, [f"{what} …"])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def start(self, done: int, total: int) -> None:
         self._progress.start()
         self._task = self._progress.add_task("training", completed=done, total=total)
@@ -215,17 +228,28 @@ class Voice:
         self._task = None
 
 
-def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: float) -> str:
-    """A logged step for a person. `row` as in metrics.jsonl, its loss possibly not finite."""
-    minutes, seconds = divmod(round(seconds_left), 60)
-    hours, minutes = divmod(minutes, 60)
+def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: float | None) -> str:
+    """A logged step for a person, in 100 columns. `row` as in metrics.jsonl, its losses possibly not finite; the loss and the accuracy
+    shown are the means since the last line, as one step's follow the length of its poems. seconds_left: None where nobody knows."""
     line = (
-        f"epoch {row['epoch']}/{epochs}  step {row['step']}/{last_step}  lr {row['lr']:.2e}  loss {row['loss']:.4f}  "
-        f"accuracy {row['accuracy']:6.2%}  {row['tokens_per_s']:,.0f} tokens/s  left {hours}:{minutes:02d}:{seconds:02d}"
+        f"epoch {row['epoch']}/{epochs}  step {row['step']}/{last_step}  lr {row['lr']:.1e}  mean loss {row['loss_mean']:.3f}  "
+        f"acc {row['accuracy_mean']:.1%}  {_rounded(row['tokens_per_s'])} tok/s"
     )
+    if seconds_left is not None:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        hours, minutes = divmod(minutes, 60)
+        line += f"  left {hours}:{minutes:02d}:{seconds:02d}"
     if "skipped" in row:
         line += f"  skipped {row['skipped']} (loss or gradient not finite)"
     return line
+
+
+def _rounded(amount: float) -> str:
+    """Three digits of it: 508, 12.3k, 1.24M."""
+    if amount < 999.5:
+        return f"{amount:.0f}"
+    unit, size = ("k", 1e3) if amount < 999.5e3 else ("M", 1e6)
+    return f"{amount / size:.3g}{unit}"
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
