@@ -16,7 +16,7 @@ import fastpoem
 from fastpoem.config import RECIPES, from_kwargs
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.engine.step import Totals, TrainStep
+from fastpoem.engine.step import NOTED, Totals, TrainStep
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import fit as fit_module
@@ -605,7 +605,7 @@ def test_tensorboards_disk_is_full(base, untouched, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize(
     "watch",
-    [dict(count=loop_module.NOTED), dict(count=-1), dict(window=[1.0] * 101), dict(window=[math.nan])],
+    [dict(count=NOTED), dict(count=-1), dict(window=[1.0] * 101), dict(window=[math.nan])],
     ids=repr,
 )
 def test_a_watch_that_nobody_wrote_is_damage(base, tmp_path, watch):

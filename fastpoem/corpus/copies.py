@@ -33,10 +33,11 @@ def repeats(store: TokenStore) -> np.ndarray:
     """The sorted rows of the text, int64, that repeat an earlier one. Holds 8 bytes for each row of the largest bucket."""
     found = [np.empty(0, np.int64)]
     for number, bucket in enumerate(store.buckets):
-        hashes = np.concatenate([values for _, values in _hashes(store, bucket)])
+        hashes = np.concatenate([np.empty(0, np.uint64), *(values for _, values in _hashes(store, bucket))])
         order = np.argsort(hashes, kind="stable")  # earlier rows first among equals
         hashes = hashes[order]
-        again = np.concatenate([[False], hashes[1:] == hashes[:-1]])
+        again = np.zeros(len(order), bool)
+        again[1:] = hashes[1:] == hashes[:-1]
         first = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))[again]  # of the rows with that hash
         later, first = order[again], order[first]
         found.append(store.rows_at(number, np.sort(later[_equal(bucket, later, first)])))
