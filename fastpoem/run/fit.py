@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +35,8 @@ from fastpoem.run import checkpoint, folder
 from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
-from fastpoem.run.signals import StopRequest
-
-
-@dataclass
-class Run:
-    """A finished (or stopped) run: its folder, the rows of metrics.jsonl, and the signal that stopped it, if one did."""
-
-    folder: Path
-    metrics: list[dict[str, Any]]
-    stopped_by: int | None = None
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    def generate(self, prompt: str, **options: Any) -> list[str]:
-        """Poems that begin with `prompt`; options as of `fastpoem.generate.sample`: count, top_k, top_p, temperature, seed …"""
-        from fastpoem.generate import sample
-
-        return sample(self.model, prompt, **options)
+from fastpoem.run.opened import Run
+from fastpoem.signals import StopRequest, ask
 
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
@@ -101,7 +82,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave --tensorboard out"
         )
 
+    ask()
     given = take(config, voice)
+    ask()
     shape, tokenizer, store, order, ids = given.shape, given.tokenizer, given.store, given.order, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
@@ -114,6 +97,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         plain_attention()
     if varlen is not None and not trusted.varlen:
         varlen, about_attention = None, None
+    ask()
     goes_on = config.resume and bool(checkpoint.listed(out))
     model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
@@ -132,6 +116,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if narrowed is not None:
         beside[GENERATION] = narrowed.generation_config(special)
 
+    ask()
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
         identity = folder.identity(config, store, shape, dtype)
         table = None if ids is None else numbering(ids, store)
@@ -139,6 +124,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
         shapes = _shapes(order, feed)
         step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+        ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(
             config, out, device, model, step, order, feed, given.held, voice, identity, beside, claim.hold, narrowed
         )
@@ -189,7 +175,7 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
 
     def check(state: Mapping[str, Any]) -> None:
         check_state(state)
-        folder.refuse_another_run(state["identity"], loop.identity, loop.folder)
+        folder.refuse_another_run(state["identity"], loop.identity, loop.folder, config)
 
     tensors = loop.tensors()
     state = checkpoint.read_newest(loop.folder, tensors, check, loop.voice.say)

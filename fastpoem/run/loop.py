@@ -30,8 +30,8 @@ from fastpoem.model.vocabulary import EMBEDDING, Narrowed
 from fastpoem.run import checkpoint
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
-from fastpoem.run.signals import StopRequest
 from fastpoem.run.watch import WINDOW, Spike, Watch
+from fastpoem.signals import StopRequest
 
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 FLATS = ("master", "exp_avg", "exp_avg_sq")
@@ -120,6 +120,10 @@ class Loop:
 
     def run(self, stop: StopRequest) -> int | None:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
+        with stop.answered(self.voice.say, "stopping after this step"):
+            return self._run(stop)
+
+    def _run(self, stop: StopRequest) -> int | None:
         self.model.train()
         self.voice.start(self.done, self.last_step)
         try:
