@@ -41,7 +41,7 @@ from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.run.fit import assembled
 from fastpoem.run.metrics import Voice
-from fastpoem.run.signals import StopRequest
+from fastpoem.signals import StopRequest
 
 CPU = torch.device("cpu")
 HELD, TEXT, BEFORE = 400, 3200, 16_000  # poems

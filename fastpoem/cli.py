@@ -1,141 +1,251 @@
-"""What every command shares: flags from a dataclass (by tyro), and one line on stderr with exit code 2 for the user's mistakes.
+"""What every command shares: flags from a dataclass, one line on stderr with exit code 2 for the user's mistakes, and how a command ends.
 
-tyro answers a wrong flag with a framed, many-line panel; a person in a terminal (and a script reading stderr) is better served by one
-line that names the flag, the reason and the mend, so its panel is caught and folded.
+The fields of the dataclass are the flags, their annotations the kinds of values, and `--help` is tyro's, made from the same. Reading is done
+here: a person in a terminal (and a script reading stderr) is best served by one line in the field's words that names the flag, the reason
+and the mend, where a library would speak of its own parser; and a wrong flag should not wait for a library's import.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
+import dataclasses
 import io
 import os
-import re
-import signal
+import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
-from types import FrameType
-from typing import TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
+from fastpoem import signals
 from fastpoem.errors import Ended, InputError
-from fastpoem.run.signals import heeded
+from fastpoem.signals import Stopped
 
 Config = TypeVar("Config")
+HELP = ("-h", "--help")
+MENDED = "see --help for the flags there are"
+
+
+class Kind(NamedTuple):
+    """What a setting takes: `base` (str, int, float or bool), or one of `choices`; None too where it is optional; several where `many`."""
+
+    base: type
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    many: bool = False
+
+    @property
+    def words(self) -> str:
+        if self.choices:
+            return " or ".join([", ".join(self.choices[:-1]), self.choices[-1]])
+        return {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}[self.base]
+
+
+def begin() -> None:
+    """The first line of every command, before anything that takes long to import: from here on a signal is noted."""
+    if sys.platform == "win32":
+        print("fastpoem: fastpoem runs on Linux and macOS; on Windows use WSL 2", file=sys.stderr)
+        sys.exit(2)
+    signals.listen(answer=True)
+
+
+def kinds(cls: type) -> dict[str, Kind]:
+    """The kind of each field of a dataclass whose annotations are those that `Kind` can say."""
+    from types import NoneType
+    from typing import Literal, get_args, get_origin, get_type_hints
+
+    def kind(hint: Any) -> Kind:
+        if get_origin(hint) is Literal:
+            return Kind(str, get_args(hint))
+        if get_origin(hint) is tuple:
+            return kind(get_args(hint)[0])._replace(many=True)
+        if NoneType in get_args(hint):
+            (rest,) = (one for one in get_args(hint) if one is not NoneType)
+            return kind(rest)._replace(optional=True)
+        assert hint in (str, int, float, bool), f"{cls.__name__}: no flag can be made of {hint}"
+        return Kind(hint)
+
+    hints = get_type_hints(cls)
+    return {field.name: kind(hints[field.name]) for field in fields(cls)}
 
 
 def parse(
     cls: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None, default: Config | None = None
 ) -> Config:
-    """Read `cls` (a dataclass) from the command line. `-` and `_` in flags are the user's choice.
+    """Read `cls` (a dataclass) from the command line; what is not given is as in `default`. `-` and `_` in flags are the user's choice.
 
-    Raises InputError for an unknown flag (naming the nearest known one), a missing one or a value that does not parse. `--help` prints
-    and exits 0.
+    Raises InputError for an unknown flag (naming the nearest known one), a missing or a repeated one, or a value that does not parse.
+    `--help` prints and exits 0.
     """
-    import tyro
+    args = [*(sys.argv[1:] if argv is None else argv)]
+    if any(arg in HELP for arg in args):
+        import tyro
 
-    said = io.StringIO()
-    args = _gathered(cls, sys.argv[1:] if argv is None else argv)
-    try:
-        with contextlib.redirect_stderr(said):
-            config, unknown = tyro.cli(
-                cls, args=args, prog=prog, description=cls.__doc__, default=default, return_unknown_args=True
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        given = [_flag(arg) for arg in args if arg.startswith("--")]
-        for flag in given:  # tyro says what is missing before what was misspelt for it
-            if flag != "--help" and flag not in _known(cls):
-                raise _no_such(cls, flag) from None
-        needed = [_flag(field.name) for field in fields(cls) if field.default is MISSING]  # type: ignore[arg-type]
-        if missing := [flag for flag in needed if flag not in given]:
-            raise InputError(", ".join(missing), "must be given", "see --help") from None
-        raise InputError("command line", _first_paragraph(said.getvalue()), "see --help") from None
-    if unknown:
-        raise _no_such(cls, unknown[0].split("=")[0])
-    return cast(Config, config)
+        signals.ask()
+        tyro.cli(cls, args=["--help"], prog=prog, description=cls.__doc__, default=default)
+    given = read(cls, args)
+    if default is not None:
+        return dataclasses.replace(default, **given)  # type: ignore[type-var]
+    needed = [one.name for one in fields(cls) if one.default is MISSING and one.default_factory is MISSING]  # type: ignore[arg-type]
+    if missing := [name for name in needed if name not in given]:
+        raise InputError(", ".join(map(flag_of, missing)), "must be given", "see --help")
+    return cls(**given)
 
 
-def _gathered(cls: type, argv: Sequence[str]) -> list[str]:
-    """The command line with every flag once: those that take several values have them in one place. Raises InputError for another
-    flag that was given twice."""
-    several = {_flag(field.name) for field in fields(cls) if str(field.type).startswith("tuple")}
-    alike = {_flag("no-" + field.name): _flag(field.name) for field in fields(cls) if field.type in (bool, "bool")}
-    first: list[str] = []
-    values: dict[str, list[str]] = {}
-    into = first
-    for arg in argv:
-        if not arg.startswith("--"):
-            into.append(arg)
-            continue
-        flag = alike.get(_flag(arg), _flag(arg))
-        if flag in values and flag not in several:
+def read(cls: type, args: Sequence[str]) -> dict[str, Any]:
+    """The settings that a command line gives, by name. Raises InputError."""
+    known, given = kinds(cls), dict[str, Any]()
+    values: list[str] | None = None  # of a flag that takes several
+    before = ""  # the switch that stands before
+    rest = iter(args)
+    for arg in rest:
+        if not arg.startswith("-") or arg == "-" or _is_number(arg):
+            if values is not None:
+                values.append(arg)
+                continue
+            if before:
+                raise InputError(f"{before} {arg[:60]}", "takes no value", f"write {before} alone")
+            mend = f"did you mean --data {arg[:80]}?" if "data" in known and not given else MENDED
+            raise InputError(arg[:80], "a value without a flag", mend)
+        before = ""
+        flag, equals, text = arg.partition("=")
+        name, no = _named(cls, known, flag)
+        kind, flag = known[name], flag_of(name)
+        if name in given and not kind.many:
             raise InputError(flag, "given twice", "give it once")
-        into = values.setdefault(flag, [])
-        if flag in several:
-            into.extend([arg.split("=", 1)[1]] if "=" in arg else [])
+        values = None
+        if kind.base is bool:
+            if equals:
+                raise InputError(arg[:80], "takes no value", f"write {flag} or {flag_of('no_' + name)}")
+            given[name], before = not no, arg
+            continue
+        if not equals:
+            text = next(rest, None)  # type: ignore[assignment]
+            if text is None or (text.startswith("--") and _is_a_flag(known, text)):
+                raise InputError(flag, f"needs a value, {kind.words}", "see --help")
+        value = converted(flag, kind, text)
+        if kind.many:
+            values = given.setdefault(name, [])
+            values.append(value)
         else:
-            into.append(arg)
-    return first + [arg for flag, found in values.items() for arg in ([flag, *found] if flag in several else found)]
+            given[name] = value
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def _flag(text: str) -> str:
-    """`--batch-size` of `batch_size`, `--batch_size` and `--batch_size=3`."""
-    return "--" + text.removeprefix("--").split("=")[0].replace("_", "-")
+def converted(flag: str, kind: Kind, text: str) -> Any:
+    """A value as text in its kind. Raises InputError."""
+    if kind.optional and text == "None":
+        return None
+    if kind.choices and text not in kind.choices:
+        near = _nearest(text, kind.choices)
+        raise InputError(
+            f"{flag} {text[:60]}", "no such choice", f"did you mean {near}?" if near else f"use {kind.words}"
+        )
+    try:
+        return kind.base(text)
+    except ValueError:
+        shown = text if len(text) <= 60 else f"{text[:58]} …"
+        reason = "has too many digits" if text.isdecimal() else f"is not {kind.words}"
+        raise InputError(f"{flag} {shown or repr(shown)}", reason, f"give {kind.words}") from None
 
 
-def _known(cls: type) -> list[str]:
-    negated = ["no-" + field.name for field in fields(cls) if field.type in (bool, "bool")]
-    return [_flag(name) for name in [*(field.name for field in fields(cls)), *negated]]
+def flag_of(name: str) -> str:
+    """`--batch-size` of `batch_size`."""
+    return "--" + name.replace("_", "-")
 
 
-def _no_such(cls: type, flag: str) -> InputError:
-    near = difflib.get_close_matches(flag.replace("_", "-"), _known(cls), n=1, cutoff=0.6)
-    mend = f"did you mean {near[0]}?" if near and flag.startswith("-") else "see --help for the flags there are"
-    return InputError(flag, "no such flag" if flag.startswith("-") else "a value without a flag", mend)
+def _is_number(arg: str) -> bool:
+    try:
+        float(arg)
+    except ValueError:
+        return False
+    return True
 
 
-def _first_paragraph(panel: str) -> str:
-    """The message inside tyro's frame, up to its first rule, on one line."""
-    lines = [re.sub(r"^[│╭╰ ]+|[│╮╯ ]+$", "", line) for line in panel.splitlines()[1:]]
-    stop = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    return " ".join(lines[:stop]).strip().rstrip(".") or "it could not be read"
+def _is_a_flag(known: dict[str, Kind], arg: str) -> bool:
+    name = arg.removeprefix("--").partition("=")[0].replace("-", "_")
+    return name in known or name.removeprefix("no_") in known
+
+
+def _named(cls: type, known: dict[str, Kind], flag: str) -> tuple[str, bool]:
+    """(field, whether it is said no to) of `--batch-size`, `--batch_size` or `--no-shuffle`. Raises InputError."""
+    name = flag.removeprefix("--").replace("-", "_")
+    if flag.startswith("--") and name in known:
+        return name, False
+    if flag.startswith("--no") and (positive := name.removeprefix("no_")) in known and known[positive].base is bool:
+        return positive, True
+    flags = [flag_of(prefix + one) for one in known for prefix in ("", "no_") if not prefix or known[one].base is bool]
+    near = _nearest("--" + flag.lstrip("-").replace("_", "-"), flags)
+    raise InputError(flag[:80], "no such flag", f"did you mean {near}?" if near else MENDED)
+
+
+def _nearest(word: str, words: Sequence[str]) -> str | None:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=0.6)), None)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 1 for Ended,
-    128 + N for signal N; bugs keep their traceback.
+    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 1 for Ended, 128 + N for signal N; bugs keep
+    their traceback. Where nobody reads stdout any more (`… | head -1`), the command ends quietly with 0.
 
     A second signal ends the process at once.
     """
-    told: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        told.append(number)
-        for one in signals:
-            signal.signal(one, signal.SIG_DFL)
-        raise KeyboardInterrupt
-
-    signals = heeded()
-    for one in signals:
-        signal.signal(one, stop)
+    begin()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell must not end a run
+    code: object
     try:
         code = main()
-    except InputError as error:
-        print(f"fastpoem: {error}", file=sys.stderr)
-        code = 2
     except Ended as error:
         print(f"fastpoem: {error}", file=sys.stderr)
         code = 1
-    except BaseException:  # an interrupted import may raise anything
-        if not told:
+    except InputError as error:
+        _leave_if_told()  # a compiler that Ctrl-C ended as well may look like the user's mistake
+        print(f"fastpoem: {error}", file=sys.stderr)
+        code = 2
+    except SystemExit as stop:
+        code = stop.code
+    except BrokenPipeError:
+        if not _nobody_reads():
             raise
-        print(f"fastpoem: stopped by {signal.Signals(told[0]).name}", file=sys.stderr)
-        with contextlib.suppress(OSError, AttributeError):  # None where it was closed
-            sys.stdout.flush()
-        os._exit(128 + told[0])  # libraries that are half imported do not survive an orderly end
+        code = 0
+    except BaseException:
+        _leave_if_told()
+        raise
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where a reader that is gone can still be answered
+    except BrokenPipeError:
+        _nobody_reads()
+    except OSError as error:
+        print(f"fastpoem: what it says could not be written ({error.strerror})", file=sys.stderr)
+        code = code or 1
+    if not code:  # all was done, but whoever sent a signal is told that it came
+        _leave_if_told()
     sys.exit(code or 0)
+
+
+def _leave_if_told() -> None:
+    """Where a signal was noted: say so, and end the process then and there, whatever still runs in other threads."""
+    if (number := signals.noted()) is None:
+        return
+    with contextlib.suppress(OSError, AttributeError):  # None where it was closed
+        print(f"fastpoem: {Stopped(number)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, AttributeError):
+        sys.stdout.flush()
+    os._exit(128 + number)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout's reader has gone. Then what is left to be written goes nowhere, or the interpreter would try once more and say so."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), select.POLLOUT)
+        gone = any(event & select.POLLERR for _, event in poll.poll(0))
+        if gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError, AttributeError):
+        return False
+    return gone

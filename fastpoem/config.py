@@ -5,11 +5,15 @@ A *recipe* is only a set of other defaults, so a flag given beside it wins witho
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
+import json
 import math
+import os
 import re
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from fastpoem.errors import InputError
@@ -194,9 +198,55 @@ EMBEDDED: dict[str, Any] = {
 
 
 def with_defaults(given: TrainConfig) -> TrainConfig:
-    """The defaults under which `given`'s flags are to be read: those of its recipe, and the embedded run's where it names no data and no model."""
+    """The defaults under which `given`'s flags are to be read: those of its recipe, and the embedded run's where it names no data and no
+    model; of a run that is resumed, its own. Raises InputError where those cannot be read."""
+    if given.resume and given.out is not None and (saved := saved_settings(given_path("--out", given.out))) is not None:
+        recipe = {} if given.recipe == "default" else RECIPES[given.recipe]
+        return TrainConfig(**{**saved, **recipe})
     embedded = EMBEDDED if not given.data and given.model is None else {}
     return TrainConfig(**{**embedded, **RECIPES[given.recipe]})
+
+
+def saved_settings(run: Path) -> dict[str, Any] | None:
+    """The settings in RUN/config.json. None where there is no such file. Raises InputError for what this version does not understand."""
+    file = run / "config.json"
+    mend = "give the run's settings as flags, with that file moved away"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        saved, where = dict(content["settings"]), content.get("cwd")
+        by = content.get("versions", {}).get("fastpoem", "another version")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise InputError(file, f"cannot be read ({error.strerror})", "check its permissions") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(file, "is damaged: it holds no settings of a run", mend) from None
+    known = {field.name: str(field.type) for field in dataclasses.fields(TrainConfig)}
+    for name in [*saved]:
+        if name not in known:
+            raise InputError(file, f"has a setting {name[:40]}, unknown here (it is fastpoem {by!s:.20}'s)", mend)
+        value = saved[name]
+        if isinstance(value, str) and known[name].startswith("float"):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # JSON has no infinity
+        try:
+            saved[name] = _coerce(name, value, known[name])
+        except InputError:
+            raise InputError(file, f"is damaged: its {name} is {value!r:.40}", mend) from None
+    for name in ("data", "val_data", "model", "cache_dir"):  # as they were meant where the run was started
+        if isinstance(where, str) and (value := saved.get(name)):
+            saved[name] = (
+                tuple(_found(one, where) for one in value) if isinstance(value, tuple) else _found(value, where)
+            )
+    saved.pop("out", None)
+    saved.pop("resume", None)
+    return saved
+
+
+def _found(path: str, where: str) -> str:
+    """A path as given in the folder `where`, for use in this one."""
+    there = os.path.join(where, os.path.expanduser(path))
+    return path if os.path.exists(os.path.expanduser(path)) or not os.path.exists(there) else there
 
 
 def from_kwargs(**settings: Any) -> TrainConfig:
@@ -207,7 +257,9 @@ def from_kwargs(**settings: Any) -> TrainConfig:
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for name, value in settings.items():
         if name not in known:
-            raise InputError(name, "no such setting", "see fastpoem.config.TrainConfig")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            mend = f"did you mean {near[0]}?" if near else "see help(fastpoem.fit)"
+            raise InputError(name[:80], "no such setting", mend)
         settings[name] = _coerce(name, value, str(known[name].type))
     base = with_defaults(TrainConfig(**settings))
     return dataclasses.replace(base, **settings).check()
@@ -220,13 +272,13 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     if kind.startswith("Literal"):
         allowed = [word.strip(" '\"") for word in kind[len("Literal[") : -1].split(",")]
         if value not in allowed:
-            raise InputError(name, f"{value!r} is not one of them", "use " + " or ".join(allowed))
+            raise InputError(f"{name}={value!r:.60}", "is not one of them", "use " + " or ".join(allowed))
         return value
     if kind.startswith("tuple"):
-        value = (value,) if isinstance(value, str | PurePath) else value
+        value = () if value is None else (value,) if isinstance(value, str | PurePath) else value
         if isinstance(value, tuple | list) and all(isinstance(one, str | PurePath) for one in value):
             return tuple(map(str, value))
-        raise InputError(name, "is of the wrong kind", "give a path, or several")
+        raise InputError(f"{name}={value!r:.60}", "is of the wrong kind", "give a path, or a list of paths")
     base = kind.split(" |")[0]
     fits = {
         "str": isinstance(value, str | PurePath),
@@ -235,7 +287,8 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
         "float": isinstance(value, int | float) and not isinstance(value, bool),
     }
     if not fits[base]:
-        raise InputError(name, f"{value!r} is of the wrong kind", f"give {'True or False' if base == 'bool' else base}")
+        words = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[base]
+        raise InputError(f"{name}={value!r:.60}", "is of the wrong kind", f"give {words}")
     if base == "float":
         return (
             float(max(-(2**1000), min(value, 2**1000))) if isinstance(value, int) else float(value)

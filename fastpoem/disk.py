@@ -8,6 +8,8 @@ Nothing here imports torch: preparing a text needs none.
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +17,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +26,24 @@ PIECE = 1 << 23  # bytes hashed and written at a time, while they are in the cac
 DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64", "torch.uint8": "U8"}
 REPLACED = ".replaced"
 _SWAP, _HERE = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
+
+
+class NoLocks(OSError):
+    """The file system gives none, as some network drives and shared folders do."""
+
+    def __str__(self) -> str:
+        return f"its file system has no file locks ({self.strerror}), which keep two processes from writing into one folder"
+
+
+def lock(file: IO[Any], *, wait: bool = False) -> None:
+    """Hold the lock on an open file until it is closed; it is the kernel's, so a process that dies holds none. Raises BlockingIOError
+    where another has it and this one does not wait, NoLocks, or another OSError."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS):
+            raise NoLocks(error.errno, error.strerror) from None
+        raise
 
 
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastpoem import signals
 from fastpoem.cli import parse, run_command
 
 
@@ -30,6 +31,7 @@ class DoctorConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DoctorConfig, argv, prog="python -m fastpoem.doctor")
+    signals.imported("numpy", "torch", "fastpoem.engine.examine")
     from fastpoem.engine.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.precision import choose_device
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastpoem import signals
 from fastpoem.cli import parse, run_command
 from fastpoem.config import NO_POEM
 from fastpoem.errors import InputError
@@ -82,6 +83,7 @@ def sample(model: str | Path, prompt: str = "", **options: object) -> list[str]:
     device = choose_device(config.device)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    signals.imported("torch", "transformers")
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils.logging import disable_progress_bar

@@ -2,15 +2,9 @@
 
 from dataclasses import dataclass
 
-from rich.console import Console
-
+from fastpoem import signals
 from fastpoem.cli import parse, run_command
-from fastpoem.corpus.make import check_goal, check_settings
-from fastpoem.corpus.read import source_files
-from fastpoem.corpus.store import is_store, prepare_store, summarise
-from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
-from fastpoem.model.find import resolve_folder
 from fastpoem.paths import given_path
 
 
@@ -35,6 +29,15 @@ class PrepareConfig:
 def main(argv: list[str] | None = None) -> None:
     """Parse, prepare, print the summary."""
     config = parse(PrepareConfig, argv, prog="python -m fastpoem.prepare")
+    signals.imported("numpy", "tokenizers", "rich.console", "fastpoem.corpus.store")
+    from rich.console import Console
+
+    from fastpoem.corpus.make import check_goal, check_settings
+    from fastpoem.corpus.read import source_files
+    from fastpoem.corpus.store import is_store, prepare_store, summarise
+    from fastpoem.corpus.tokenize import PoemTokenizer
+    from fastpoem.model.find import resolve_folder
+
     check_settings(config.max_length, config.buckets)
     source, out = given_path("--data", config.data), given_path("--out", config.out)
     if is_store(source):

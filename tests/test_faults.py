@@ -28,7 +28,7 @@ from fastpoem.run import checkpoint
 from fastpoem.run.fit import assembled
 from fastpoem.run.folder import Claim, Taken
 from fastpoem.run.metrics import Voice
-from fastpoem.run.signals import StopRequest
+from fastpoem.signals import StopRequest
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

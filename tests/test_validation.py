@@ -227,8 +227,7 @@ class TestBest:
             path = out / "checkpoints/step-00000028"
             said = capsys.readouterr().out
             assert (
-                "lowest validation loss was 4.0000, after step 28 (6.0000 at the end); the model is of the last"
-                in said
+                "lowest validation loss was 4.0000, after step 28 (6.0000 at the end); the model is of the last" in said
             )
             assert f"python -m fastpoem.generate --model {path} --prompt" in said
             assert weights(out / "model") == weights(out / "checkpoints/step-00000056") != weights(path)

@@ -7,7 +7,6 @@ disk, and takes the goal's name by one rename: under that name there is a whole 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import secrets
@@ -36,8 +35,9 @@ from fastpoem.corpus.manifest import (
 )
 from fastpoem.corpus.read import Block, read_blocks, source_files
 from fastpoem.corpus.tokenize import EncodeStats, PoemTokenizer
-from fastpoem.disk import discard, exchange, flush, make_folder
+from fastpoem.disk import NoLocks, discard, exchange, flush, lock, make_folder
 from fastpoem.errors import InputError
+from fastpoem.signals import ask
 
 CHUNK_TOKENS = 1 << 20  # of the spill, at a time
 KEPT_UNKNOWN = 50
@@ -109,6 +109,7 @@ def source_digest(source: Path) -> dict[str, Any]:
         return {"name": source.name, "size": size, "sha256": file_hash(source)}
     total = hashlib.sha256()
     for path in files:
+        ask()
         total.update(os.fsencode(f"{path.relative_to(source)}\0{file_hash(path)}\n"))
     return {"name": source.resolve().name, "size": size, "sha256": total.hexdigest()}
 
@@ -145,6 +146,7 @@ def _make(
     names = [folder / f"spill.{part}" for part in ("tokens", "lengths", "hashes")]
     with open(names[0], "wb") as tokens, open(names[1], "wb") as lengths, open(names[2], "wb") as hashes:
         for block in _ahead(read_blocks(source, convert=convert)):
+            ask()
             blank += block.blank
             if not block.lines:
                 continue
@@ -215,6 +217,7 @@ def _scatter(
             stack.enter_context(open(lengths_path, "rb")),
         )
         for lengths in _row_chunks(lengths_file):
+            ask()
             ragged = np.fromfile(tokens, little, int(lengths.sum(dtype=np.int64)))  # rows one after another
             starts = np.cumsum(lengths, dtype=np.int64) - lengths
             which: np.ndarray = np.searchsorted(edges, lengths).astype(np.uint8)  # (rows,)
@@ -287,13 +290,16 @@ def _making(out: Path, flag: str) -> Iterator[Path]:
         _sweep(parent)
         folder = parent / f"{TEMPORARY}{out.name}-{secrets.token_hex(6)}"
         folder.mkdir()
-        with open(folder / f"{LOCK}.new", "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel however this process ends
-            (folder / f"{LOCK}.new").rename(folder / LOCK)  # nobody sees it before it is locked
-            try:
+        try:
+            with open(folder / f"{LOCK}.new", "wb") as file:
+                lock(file, wait=True)
+                (folder / f"{LOCK}.new").rename(folder / LOCK)  # nobody sees it before it is locked
                 yield folder
-            finally:
-                discard(folder)
+        finally:
+            discard(folder)
+    except NoLocks as error:
+        mend = "have it on a local disk: --out of prepare, --cache-dir of training"
+        raise InputError(out, str(error), mend) from None
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error})"
         raise InputError(out, reason, f"free some space, mend the permissions or choose another {flag}") from None
@@ -308,8 +314,8 @@ def _sweep(parent: Path) -> None:
     for folder in parent.glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
             try:
-                with open(folder / LOCK, "rb") as lock:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                with open(folder / LOCK, "rb") as file:
+                    lock(file)
             except FileNotFoundError:  # just begun, or half removed: only its age tells
                 if time.time() - folder.stat().st_mtime < GRACE_SECONDS:
                     continue

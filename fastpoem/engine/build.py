@@ -17,6 +17,7 @@ from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.engine.trust import Trusted
 from fastpoem.errors import InputError, first_line
 from fastpoem.model.gpt2 import GPT2
+from fastpoem.signals import ask
 
 RESIDENT = 1 << 30  # bytes of a corpus that a GPU's memory is not asked whether it can spare
 
@@ -50,6 +51,7 @@ def build_step(
         step.pieces = compiled_pieces(model)
         try:
             for shape in one_of_each_form(shapes):
+                ask()
                 with step.rehearsal(shape):
                     step.work(shape)
         except Exception as error:

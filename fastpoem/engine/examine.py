@@ -18,6 +18,7 @@ from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.precision import choose_dtype
 from fastpoem.model.flash import why_not_flash
+from fastpoem.signals import ask
 
 PIECES = ("kernels", "attention", "compiled", "replay")
 
@@ -39,6 +40,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         # on a CPU nothing that fails can spoil the process
         here = ((name, checks.run(name, device)) for name in names)
         for name, records in trust.in_a_process(device, names) if gpu else here:
+            ask()
             found[name] = records
             for record in records:
                 say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
@@ -46,6 +48,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
             trust.remember(trust.card(device), found)
     records = [record for some in found.values() for record in some]
 
+    ask()
     say("measuring memory and matrix units")
     about, free = machine.describe(device), machine.memory(device)
     peak = machine.peak(about["name"]) if gpu else None
@@ -75,6 +78,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     lengths = trial.LENGTHS if gpu and not quick else trial.THIRDS
     trials = []
     for compiles, graphs in ((False, False), (False, True), (True, False), (True, True)) if gpu else ((False, False),):
+        ask()
         form = " + ".join([*["compiled"] * compiles, *["graphs"] * graphs]) or "plain"
         if compiles and compiler is not None:
             trials.append(trial.Trial(form, note=compiler))
@@ -87,6 +91,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         trials.append(_tried(partial(trial.train, device, dtype, rounds=rounds, **options), form))
         say(f"  {form}: {_milliseconds(trials[-1].step_ms)}")
     notebook = None
+    ask()
     if not quick:
         longest, rounds = (trial.LONGEST, 3) if gpu else (trial.MEAN, 1)
         notebook = _tried(partial(trial.notebook, device, longest=longest, rounds=rounds), "the notebook's loop")

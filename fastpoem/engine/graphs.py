@@ -20,6 +20,7 @@ import torch
 from fastpoem.corpus.feed import Shape
 from fastpoem.engine.step import TrainStep
 from fastpoem.errors import first_line
+from fastpoem.signals import ask
 
 MOST = 256  # recordings: each takes seconds to make and memory to keep, and pays only where its shape comes back
 
@@ -41,6 +42,7 @@ class Graphs:
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
         for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
+            ask()
             self._record(shape)
 
     def __call__(self, shape: Shape) -> None:

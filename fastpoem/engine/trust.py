@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.kernels import OURS, Kernels, choose_kernels
 from fastpoem.errors import InputError
 from fastpoem.paths import user_cache
+from fastpoem.signals import ask
 
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
 PATIENCE = 600.0  # seconds that a process of checks may take
@@ -158,24 +160,23 @@ def _one_process(
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
     done: dict[str, list[Record]] = {}
     begun: str | None = None
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
         try:
-            ended = subprocess.run(
-                [sys.executable, "-m", "fastpoem.engine.checks", str(device), *names],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                timeout=patience,
-                env={**os.environ, "PYTHONPATH": path},
-                check=False,
+            ending = _ending(
+                subprocess.Popen(
+                    [sys.executable, "-m", "fastpoem.engine.checks", str(device), *names],
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=errors,
+                    env={**os.environ, "PYTHONPATH": path},
+                ),
+                patience,
             )
-            output, code = ended.stdout, ended.returncode
-            ending = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        except subprocess.TimeoutExpired as late:
-            output, ending = late.stdout or b"", f"had not ended after {patience:.0f} s"
         except OSError as error:
-            output, ending = b"", f"could not be started: {error}"
+            ending = f"could not be started: {error}"
+        said.seek(0)
         errors.seek(0)
+        output = said.read()
         last = errors.read()[-4000:].decode(errors="replace").strip().splitlines()
     for line in output.decode(errors="replace").splitlines():
         try:
@@ -187,6 +188,24 @@ def _one_process(
         elif isinstance(told, dict) and "check" in told:
             begun, done[told["check"]] = None, [Record(**fields) for fields in told["records"]]
     return done, begun, ending + (f" ({last[-1][:200]})" if last else "")
+
+
+def _ending(process: subprocess.Popen[bytes], patience: float) -> str:
+    """How a process ended, in words; it is killed where it takes longer than `patience` seconds. Raises Stopped, and then it is dead too."""
+    end = time.monotonic() + patience
+    try:
+        while process.poll() is None:
+            ask()
+            if time.monotonic() > end:
+                return f"had not ended after {patience:.0f} s"
+            time.sleep(0.05)
+        ask()  # it may have died of the same Ctrl-C
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    code = process.returncode
+    return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
 
 
 # What is kept

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastpoem.errors import InputError
 from fastpoem.paths import given_path
+from fastpoem.signals import ask, waiting
 
 HUB_SECONDS = 10.0
 _WANTED = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
@@ -37,13 +38,18 @@ def _fetch(name: str) -> Path:
     """The folder of a Hugging Face name, from the hub, or from its cache where the hub does not answer in time."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
+    ask()
     refusal = None
     try:
-        HfApi().repo_info(name, timeout=HUB_SECONDS)  # snapshot_download asks the same without a time limit
+        api = HfApi()
+        waiting(
+            lambda: api.repo_info(name, timeout=HUB_SECONDS)
+        )  # snapshot_download asks the same without a time limit
     except Exception as error:  # the library raises a dozen kinds: no network, no such name, gated, offline mode
         refusal = error
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=refusal is not None))
+        offline = refusal is not None
+        return Path(waiting(lambda: snapshot_download(name, allow_patterns=_WANTED, local_files_only=offline)))
     except Exception as error:
         reason = f"it could not be fetched from the hub at {constants.ENDPOINT} ({type(refusal or error).__name__})"
         mend = "check the name and the network, set HF_ENDPOINT to a mirror, or give --model a folder fetched elsewhere"

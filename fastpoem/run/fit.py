@@ -10,7 +10,6 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,26 +36,8 @@ from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
-from fastpoem.run.signals import StopRequest
-
-
-@dataclass
-class Run:
-    """A finished (or stopped) run: its folder, the rows of metrics.jsonl, and the signal that stopped it, if one did."""
-
-    folder: Path
-    metrics: list[dict[str, Any]]
-    stopped_by: int | None = None
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "model"
-
-    def generate(self, prompt: str, **options: Any) -> list[str]:
-        """Poems that begin with `prompt`; options as of `fastpoem.generate.sample`: count, top_k, top_p, temperature, seed …"""
-        from fastpoem.generate import sample
-
-        return sample(self.model, prompt, **options)
+from fastpoem.run.opened import Run
+from fastpoem.signals import StopRequest, ask
 
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
@@ -109,7 +90,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave --tensorboard out"
         )
 
+    ask()
     given = take(config, voice)
+    ask()
     shape, tokenizer, store, order, ids = given.shape, given.tokenizer, given.store, given.order, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
@@ -130,6 +113,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         plain_attention()
     if varlen is not None and not trusted.varlen:
         varlen, about_attention = None, None
+    ask()
     goes_on = config.resume and bool(checkpoint.listed(out))
     with voice.phase(
         "making the model" if config.from_scratch or goes_on else f"reading the weights of {given.model_folder}"
@@ -151,6 +135,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if narrowed is not None:
         beside[GENERATION] = narrowed.generation_config(special)
 
+    ask()
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
         identity = folder.identity(config, store, shape, dtype, given.validation)
         table = None if ids is None else numbering(ids, store)
@@ -159,6 +144,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         shapes = _shapes(order, feed)
         with voice.phase("getting the step ready: compiling, recording"):
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+        ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(
             config,
             out,
@@ -222,7 +208,7 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
 
     def check(state: Mapping[str, Any]) -> None:
         check_state(state)
-        folder.refuse_another_run(state["identity"], loop.identity, loop.folder)
+        folder.refuse_another_run(state["identity"], loop.identity, loop.folder, config)
 
     tensors = loop.tensors()
     state = checkpoint.read_newest(loop.folder, tensors, check, loop.voice.say)

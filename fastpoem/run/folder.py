@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
 import platform
+import shlex
 import threading
 import time
 from collections.abc import Iterator
@@ -20,13 +20,15 @@ import torch
 
 import fastpoem
 from fastpoem import disk
-from fastpoem.config import TrainConfig
+from fastpoem.config import TrainConfig, with_defaults
 from fastpoem.corpus.store import TokenStore
 from fastpoem.errors import Ended, InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.run import checkpoint
+from fastpoem.run.opened import Run
 from fastpoem.run.validate import Validation
+from fastpoem.signals import Stopped
 
 # Settings that a resumed run may change: they say how long, where and how loudly, not what is computed …
 FREE_ON_RESUME = frozenset(
@@ -132,7 +134,11 @@ class Claim:
         )  # a link would lead out of the folder
         lock = os.fdopen(os.open(self.out / ".lock", flags, 0o644), "a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            disk.lock(lock)
+        except disk.NoLocks as error:
+            lock.close()
+            mend = "name a folder on a local disk with --out, or have this one mounted with locks"
+            raise InputError(self.out, str(error), mend) from None
         except BlockingIOError:
             lock.seek(0)
             by = lock.read(20).strip()
@@ -159,7 +165,7 @@ def claim(out: Path, *, fresh: bool) -> Iterator[Claim]:
                 checkpoint.clean(out)
                 disk.recover(hub.partial(out / "model"), out / "model")
             yield held
-        except InputError:  # before a step was done: as if the command had not been given
+        except (InputError, Stopped):  # before a step was done: as if the command had not been given
             with contextlib.suppress(OSError):
                 found = {path.name: path for path in out.iterdir()}
                 if found.keys() <= left and not ("metrics.jsonl" in found and found["metrics.jsonl"].stat().st_size):
@@ -201,8 +207,9 @@ def identity(
     }
 
 
-def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path) -> None:
-    """Raises InputError naming every difference between the identities of the run in `out` and of the one that would continue it."""
+def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path, config: TrainConfig) -> None:
+    """Raises InputError naming every difference between the identities of the run in `out` and of the one that would continue it, with
+    the command for a new run as `config` has it, from the weights of this one."""
 
     def different(before: Any, after: Any, name: str) -> Iterator[str]:
         if isinstance(before, dict) and isinstance(after, dict):
@@ -220,11 +227,27 @@ def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path) ->
         ]  # the hash that follows from another difference
     # A recipe is only other defaults: without another difference, somebody has spelled its flags out.
     if any(not one.startswith("recipe ") for one in found):
-        raise InputError(
-            out,
-            f"cannot be resumed: {'; '.join(found)}",
-            f"give the settings and data the run was started with, or {ANOTHER}",
-        )
+        mend = "leave out what differs, or train on from its weights: "
+        raise InputError(out, f"cannot be resumed: {'; '.join(found)}", mend + onward(out, config))
+
+
+def onward(run: Path, config: TrainConfig) -> str:
+    """The command that trains a new run as `config` says, beginning with the weights of the one in `run`."""
+    model = Run(run, []).model
+    run = run if run.name else run.absolute()
+    names = [run.with_name(f"{run.name}-{number}") for number in range(2, 1000)]
+    new = next((path for path in names if not path.exists()), names[0])
+    config = dataclasses.replace(config, model=str(model), out=str(new), from_scratch=False, resume=False)
+    plain, flags = with_defaults(TrainConfig(model=config.model, recipe=config.recipe)), list[str]()
+    for name in ("model", "out", *(field.name for field in dataclasses.fields(config))):
+        flag, value = "--" + name.replace("_", "-"), getattr(config, name)
+        if flag in flags or value == getattr(plain, name):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            flags += [flag, *(value if isinstance(value, tuple) else [str(value)])]
+    return f"python -m fastpoem.train {shlex.join(flags)}"
 
 
 def _for_json(value: Any) -> Any:
@@ -245,6 +268,7 @@ def write_config(
     on_gpu = device.type == "cuda"
     content = {
         "settings": {name: _for_json(value) for name, value in dataclasses.asdict(config).items()},
+        "cwd": os.path.abspath("."),  # where the settings' relative paths begin
         "versions": {"fastpoem": fastpoem.__version__, "python": platform.python_version(), **packages},
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),

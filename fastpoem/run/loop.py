@@ -30,9 +30,9 @@ from fastpoem.run import best, checkpoint, tally
 from fastpoem.run.best import Best
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
-from fastpoem.run.signals import StopRequest
 from fastpoem.run.tally import NOTHING, Tally
 from fastpoem.run.validate import Told, Validation
+from fastpoem.signals import StopRequest
 
 SAVE_SECONDS = 600.0  # between checkpoints, where --save-every does not say which steps have one
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
@@ -134,6 +134,10 @@ class Loop:
 
     def run(self, stop: StopRequest) -> int | None:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
+        with stop.answered(self.voice.say, "stopping after this step"):
+            return self._run(stop)
+
+    def _run(self, stop: StopRequest) -> int | None:
         self.model.train()
         self.voice.start(self.done, self.last_step)
         try:

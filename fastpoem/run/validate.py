@@ -9,7 +9,7 @@ import numpy as np
 
 from fastpoem.corpus.feed import Feed, Rows, validation_steps
 from fastpoem.corpus.store import TokenStore
-from fastpoem.run.signals import StopRequest
+from fastpoem.signals import StopRequest
 
 
 class Told(Exception):

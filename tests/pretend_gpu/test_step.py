@@ -24,7 +24,7 @@ from fastpoem.errors import InputError
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
 from fastpoem.run.metrics import Voice
-from fastpoem.run.signals import StopRequest
+from fastpoem.signals import StopRequest
 
 SMALL = 4096  # bytes of a step's copies: 16 poems' places, or their ids
 

@@ -1,0 +1,139 @@
+"""`fastpoem.fit`: training as a call. Its signature and its help are those of the settings, and it speaks of them in Python's words.
+
+The rooms below name settings as the command line does, since they do not know who called. A call's errors are put into its words here:
+`--batch-size 0` is `batch_size=0`.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import inspect
+import re
+import shlex
+import sys
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from fastpoem import signals
+from fastpoem.cli import kinds, read
+from fastpoem.config import TrainConfig, from_kwargs
+from fastpoem.errors import InputError
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from fastpoem.run.opened import Run
+    from fastpoem.settings import Data, Settings
+
+KINDS = kinds(TrainConfig)
+TRAIN = "python -m fastpoem.train"
+SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.engine.trust", "fastpoem.run.fit")
+NOT_GIVEN: Any = ()
+
+
+def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
+    """Train. The settings are the flags of `python -m fastpoem.train`, with underscores.
+
+    Raises `fastpoem.errors.InputError` for what cannot work, naming the thing, the reason and the mend. Ctrl-C finishes the step, writes a
+    checkpoint and then raises KeyboardInterrupt; `fit(out=…, resume=True)` goes on from there.
+    """
+    if sys.platform == "win32":
+        raise InputError("fastpoem", "runs on Linux and macOS", "on Windows use WSL 2")
+    run: Run | None = None
+    stopped: signals.Stopped | None = None
+    stop = signals.StopRequest()
+    try:
+        with stop:
+            given: dict[str, Any] = {} if data is NOT_GIVEN else {"data": data}
+            config = from_kwargs(**given, **settings)
+            signals.imported(*SLOW)
+            from fastpoem.run.fit import fit as run_fit
+            from fastpoem.run.metrics import Voice
+
+            run = run_fit(config, voice := Voice())
+            if run.stopped_by is not None:
+                again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
+                voice.say(f"stopped after a complete checkpoint; go on with: {again}")
+    except InputError as error:
+        raise in_python(error) from error.__cause__
+    except signals.Stopped as error:
+        stopped = error
+    finally:
+        if stop.signal is not None:  # Ctrl-C is KeyboardInterrupt now: what follows in a notebook does not begin
+            signals.deliver(stop.signal)
+    if stopped is not None:  # whoever listens to the signal has not ended anything
+        raise stopped
+    assert run is not None
+    return run
+
+
+def in_python(error: InputError) -> InputError:
+    """The same error in the words of a call."""
+    return InputError(_thing(error.thing), _words(error.reason), _words(error.mend))
+
+
+def _thing(text: str) -> str:
+    """`batch_size=0` of `--batch-size 0`."""
+    flag, _, value = text.partition(" ")
+    name = flag.removeprefix("--").replace("-", "_")
+    if not flag.startswith("--") or name not in KINDS or not value:
+        return _words(text)
+    return f"{name}={value}" if KINDS[name].base is not str or value[0] in "'\"" else f"{name}={value!r}"
+
+
+def _words(text: str) -> str:
+    """Flags as settings, a flag with its choice as a keyword with its value, a command as a call."""
+    if TRAIN in text:
+        before, _, command = text.partition(f"{TRAIN} ")
+        with contextlib.suppress(ValueError, InputError):
+            given = read(TrainConfig, shlex.split(command))
+            return f"{before}fastpoem.fit({', '.join(f'{name}={_short(value)}' for name, value in given.items())})"
+    return re.sub(r"--(no-)?([a-z][a-z_-]*)((?: \S+)?)", _word, text)
+
+
+def _word(found: re.Match[str]) -> str:
+    no, name, value = found[1], found[2].replace("-", "_"), found[3]
+    if name not in KINDS:
+        return found[0]
+    kind = KINDS[name]
+    if kind.base is bool:
+        return f"{name}={not no}{value}"
+    word = value.strip(" ,;.)")
+    if word and (word in kind.choices or (kind.base is not str and re.fullmatch(r"[0-9.e-]+", word))):
+        return f"{name}={word!r}".replace("'", "" if kind.base is not str else "'") + value[1 + len(word) :]
+    return name + value
+
+
+def _short(value: Any) -> str:
+    value = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _signature() -> inspect.Signature:
+    hints = get_type_hints(TrainConfig)
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD if name == "data" else inspect.Parameter.KEYWORD_ONLY,
+            default=field.default,
+            annotation=hints[name],
+        )
+        for name, field in TrainConfig.__dataclass_fields__.items()
+    ]
+    return inspect.Signature(parameters, return_annotation="Run")
+
+
+def _help() -> str:
+    """What fit does, and each setting's help, which stands below it in the source."""
+    lines = [inspect.cleandoc(fit.__doc__ or ""), ""]
+    with contextlib.suppress(OSError, TypeError, SyntaxError):
+        (tree,) = ast.parse(inspect.getsource(TrainConfig)).body
+        assert isinstance(tree, ast.ClassDef)
+        for one, after in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
+                lines.append(f"{one.target.id}: {' '.join(str(ast.literal_eval(after.value)).split())}")
+    return "\n".join(lines)
+
+
+fit.__signature__ = _signature()  # type: ignore[attr-defined]
+fit.__doc__ = _help()

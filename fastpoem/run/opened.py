@@ -1,0 +1,80 @@
+"""A run as Python has it: its folder and what it holds. Without torch, so that looking at a run of last week takes no time."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastpoem.errors import InputError
+from fastpoem.paths import given_path
+
+
+class Run:
+    """A finished or stopped run: its folder, the rows of metrics.jsonl, and the signal that stopped it, where one did.
+
+    `Run("runs/x")` opens one that was trained before. Raises InputError where there is none.
+    """
+
+    def __init__(
+        self, folder: str | Path, metrics: list[dict[str, Any]] | None = None, stopped_by: int | None = None
+    ) -> None:
+        self.folder = given_path("Run", str(folder))
+        self.metrics = [*_rows(self.folder)] if metrics is None else metrics
+        self.stopped_by = stopped_by
+
+    @property
+    def model(self) -> Path:
+        """The model's folder: RUN/model, or the newest checkpoint of a run that has not come to its end."""
+        finished = self.folder / "model"
+        if self.stopped_by is None and finished.is_dir():
+            return finished
+        return next(_checkpoints(self.folder), finished)
+
+    def generate(self, prompt: str = "", **options: Any) -> list[str]:
+        """Poems that begin with `prompt`; options as of `fastpoem.generate.sample`: count, top_k, top_p, temperature, seed …"""
+        from fastpoem.generate import sample
+
+        if not self.model.is_dir():
+            raise InputError(self.folder, "holds no model yet", "train it to a checkpoint first")
+        return sample(self.model, prompt, **options)
+
+    def __repr__(self) -> str:
+        steps = [row for row in self.metrics if "event" not in row and "loss" in row]
+        said = [repr(str(self.folder)), f"{self.metrics[-1]['step'] if self.metrics else 0} steps"]
+        if steps and isinstance(steps[-1]["loss"], float):
+            said.append(f"loss {steps[-1]['loss']:.4f}")
+        if self.stopped_by is not None:
+            said.append(f"stopped by {signal.Signals(self.stopped_by).name}")
+        return f"Run({', '.join(said)})"
+
+
+def _checkpoints(run: Path) -> Iterator[Path]:
+    """The folders of the run's checkpoints, newest first. They stand there only when they are complete."""
+    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,15}", path.name)]
+    yield from sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def _rows(run: Path) -> Iterator[dict[str, Any]]:
+    """The rows of metrics.jsonl. One that is being written, or was torn, is the last that is looked at. Raises InputError."""
+    file = run / "metrics.jsonl"
+    mend = "give the folder of a run, as --out named it"
+    if not run.is_dir():
+        raise InputError(run, "no such folder", mend)
+    try:
+        lines = file.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        raise InputError(run, "holds no run: it has no metrics.jsonl", mend) from None
+    except OSError as error:
+        raise InputError(file, f"cannot be read ({error.strerror})", "check its permissions") from None
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            return
+        if not line.endswith(b"\n") or not isinstance(row, dict) or type(row.get("step")) is not int:
+            return
+        yield row

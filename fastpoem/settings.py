@@ -1,0 +1,55 @@
+"""The settings of `fastpoem.fit` for editors and type checkers: the fields of `fastpoem.config.TrainConfig`, each of which may be left out.
+
+Nothing imports this when the program runs. A test holds it to TrainConfig, which says what each one means."""
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import Literal, TypedDict
+
+Data = str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
+class Settings(TypedDict, total=False):
+    field: str | None
+    line_break: str | None
+    model: str | PathLike[str] | None
+    from_scratch: bool
+    out: str | PathLike[str] | None
+    cache_dir: str | PathLike[str] | None
+    recipe: Literal["default", "notebook", "fast"]
+    device: str
+    epochs: int
+    max_steps: int | None
+    batch_size: int
+    max_length: int | None
+    batching: Literal["bucket", "pack", "pad"]
+    buckets: int
+    shuffle: bool
+    convert: Literal["none", "t2s", "s2t"]
+    clean: bool
+    whole: bool
+    dedup: bool
+    val_poems: int | None
+    val_data: Data
+    best: bool
+    patience: int | None
+    lr: float | None
+    schedule: Literal["epoch-cosine", "cosine", "constant"]
+    warmup_steps: int | None
+    weight_decay: float
+    max_grad_norm: float
+    dropout: float | None
+    grow_vocab: bool
+    vocab: Literal["all", "corpus"]
+    loss_on_padding: bool
+    seed: int
+    precision: Literal["auto", "fp32", "bf16"]
+    compile: Literal["auto", "on", "off"]
+    graphs: Literal["auto", "on", "off"]
+    attention: Literal["auto", "flash", "sdpa"]
+    log_every: int
+    save_every: int | None
+    keep: int
+    resume: bool
+    tensorboard: bool
+    sample: str | None
