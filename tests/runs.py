@@ -46,8 +46,10 @@ def rows(run: Path) -> list[dict]:
 def assert_same(one: Path, other: Path) -> None:
     """Rows, trained weights and the state in the newest checkpoints are the same, bit for bit."""
     assert rows(one) == rows(other)
-    for name in ("model/model.safetensors", "model/config.json", "model/vocab.txt"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    beside = [sorted(path.name for path in (run / "model").iterdir()) for run in (one, other)]
+    assert beside[0] == beside[1] and {"model.safetensors", "config.json", "README.md"} <= {*beside[0]}
+    for name in beside[0]:
+        assert (one / "model" / name).read_bytes() == (other / "model" / name).read_bytes(), name
     newest = [max((run / "checkpoints").iterdir()) for run in (one, other)]
     assert newest[0].name == newest[1].name
     states = [load_file(path / "optimizer.safetensors") for path in newest]
