@@ -9,11 +9,13 @@ from fastpoem.paths import given_path
 from fastpoem.signals import ask, waiting
 
 HUB_SECONDS = 10.0
-_WANTED = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
+_SHAPE = ["*.json", "vocab.txt"]
+_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
 
 
-def resolve_folder(name_or_dir: str) -> Path:
-    """The local folder of a model: itself, or the download of a Hugging Face name. Raises InputError where there is neither."""
+def resolve_folder(name_or_dir: str, *, weights: bool = True) -> Path:
+    """The local folder of a model: itself, or the download of a Hugging Face name, without its weights where only shape and tokenizer
+    are wanted. Raises InputError where there is neither."""
     folder = given_path("--model", name_or_dir)
     try:
         if (folder / "config.json").is_file():
@@ -28,13 +30,13 @@ def resolve_folder(name_or_dir: str) -> Path:
         raise InputError(
             name_or_dir, "no such folder", "check the path, or give a Hugging Face name such as owner/model"
         )
-    path = _fetch(name_or_dir)
+    path = _fetch(name_or_dir, _SHAPE + _WEIGHTS if weights else _SHAPE)
     if not (path / "config.json").is_file():
         raise InputError(name_or_dir, "its repository has no config.json", "name a GPT-2 model in Hugging Face format")
     return path
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, wanted: list[str]) -> Path:
     """The folder of a Hugging Face name, from the hub, or from its cache where the hub does not answer in time."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -49,7 +51,7 @@ def _fetch(name: str) -> Path:
         refusal = error
     try:
         offline = refusal is not None
-        return Path(waiting(lambda: snapshot_download(name, allow_patterns=_WANTED, local_files_only=offline)))
+        return Path(waiting(lambda: snapshot_download(name, allow_patterns=wanted, local_files_only=offline)))
     except Exception as error:
         reason = f"it could not be fetched from the hub at {constants.ENDPOINT} ({type(refusal or error).__name__})"
         mend = "check the name and the network, set HF_ENDPOINT to a mirror, or give --model a folder fetched elsewhere"

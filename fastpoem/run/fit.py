@@ -31,9 +31,11 @@ from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
+from fastpoem.model.grow import draw_rows
 from fastpoem.model.vocabulary import GENERATION, Narrowed
 from fastpoem.run import best, checkpoint, folder
-from fastpoem.run.given import take
+from fastpoem.run.card import model_card
+from fastpoem.run.given import Given, take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.opened import Run
@@ -118,7 +120,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     with voice.phase(
         "making the model" if config.from_scratch or goes_on else f"reading the weights of {given.model_folder}"
     ):
-        model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
+        model = _model(config, given, varlen, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
     with enough_memory(config, device):
         model.to(device)
@@ -183,7 +185,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             if weights is None:
                 weights = dict(optimizer.named(optimizer.master))
                 weights = weights if narrowed is None else narrowed.widen(weights)
-            hub.write_folder(goal, weights, beside)
+            settings, held = identity["settings"], len(given.validation.rows)
+            card = model_card(config, given.hub_name, settings, store, held, shape, tokenizer, loop.metrics.rows)
+            hub.write_folder(goal, weights, {**beside, "README.md": card})
 
         try:
             yield loop, export
@@ -191,15 +195,17 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             loop.close()
 
 
-def _model(config: TrainConfig, shape: GPT2Config, varlen: Varlen | None, source: Path, *, goes_on: bool) -> GPT2:
+def _model(config: TrainConfig, given: Given, varlen: Varlen | None, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
     # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
-    hub.refuse_too_large(shape, source, 28, "to train")
-    model = GPT2(shape, varlen)
+    hub.refuse_too_large(given.shape, given.model_folder, 28, "to train")
+    model = GPT2(given.shape, varlen)
     if config.from_scratch:
         model.initialise(config.seed)
     elif not goes_on:
-        hub.load_weights(model, source)
+        hub.load_weights(model, given.model_folder, given.rows)
+        if given.fresh:
+            draw_rows(model.transformer.wte.weight, given.fresh, config.seed)
     return model
 
 
