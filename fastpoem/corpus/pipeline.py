@@ -3,7 +3,8 @@
 A `BertTokenizer` is *rebuilt* by transformers even where the folder holds a tokenizer.json: the vocabulary, the frame
 ([CLS] … [SEP]) and the added tokens come from that file, the normalizer from the flags of tokenizer_config.json
 (`BertTokenizer.__init__`, `TokenizersBackend.convert_to_native_format`, `PreTrainedTokenizerBase._from_pretrained`).
-A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would.
+A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would. A folder that training has
+left (`fastpoem.corpus.tokenizer_files`) says for transformers how prompts begin, and under NOTES how its poems were framed.
 """
 
 import json
@@ -17,7 +18,8 @@ from tokenizers.models import WordPiece
 from fastpoem.errors import InputError
 from fastpoem.paths import spelled
 
-FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG, NOTES = "tokenizer_config.json", "fastpoem"
+FILES = ("vocab.txt", "tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
 BERT_DEFAULTS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -48,13 +50,14 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
     for path in files:
         if path.stat().st_size > LARGEST_FILE:
             raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
-    config = _object(folder / "tokenizer_config.json")
+    config = tokenizer_config(folder)
+    trained = config.get(NOTES, {})
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
         raise InputError(
             folder, "holds no tokenizer", "add the vocab.txt or tokenizer.json that the model was made with"
         )
-    kind = config.get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
+    kind = (trained or config).get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
     side = config.get("truncation_side", "right")
     if side not in ("left", "right"):
         raise InputError(folder / "tokenizer_config.json", f"truncation_side is {side!r}", 'write "right" or "left"')
@@ -64,7 +67,7 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         if kind in ("BertTokenizer", "BertTokenizerFast"):
             library, names = _bert(folder, config, saved, has_json)
         elif has_json:
-            library = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            library = Tokenizer.from_str(json.dumps(saved | trained.get("trained", {})))
             names, extra = _named(folder, config)
             _add(library, {}, names, extra)
         else:
@@ -76,6 +79,19 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         raise
     except Exception as error:  # the library raises bare Exception, of any wording, for files it cannot use
         raise InputError(folder, f"its tokenizer cannot be loaded ({error})", "fetch the model folder again") from None
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a folder, {} where there is none. Raises InputError."""
+    config = _object(folder / CONFIG)
+    if not isinstance(config.get(NOTES, {}), dict):
+        raise InputError(folder / CONFIG, f"its {NOTES} is no JSON object", "fetch the model folder again")
+    return config
+
+
+def named_tokens(folder: Path) -> dict[str, str]:
+    """{"cls_token": "[CLS]", …}: the special tokens that a folder's files name. Raises InputError."""
+    return {name: _text(token) for name, token in _named(folder, tokenizer_config(folder))[0].items()}
 
 
 def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
+from fastpoem.corpus.tokenizer_files import never_ids, tokenizer_files
 from fastpoem.corpus.vocabulary import numbering
 from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
@@ -27,16 +28,18 @@ from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
 from fastpoem.engine.trust import decide
 from fastpoem.errors import InputError
+from fastpoem.generation.poems import sample
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
-from fastpoem.model.vocabulary import GENERATION, Narrowed
+from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import checkpoint, folder
 from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.signals import StopRequest
+from fastpoem.run.trained import newest_checkpoint
 
 
 @dataclass
@@ -51,11 +54,10 @@ class Run:
     def model(self) -> Path:
         return self.folder / "model"
 
-    def generate(self, prompt: str, **options: Any) -> list[str]:
-        """Poems that begin with `prompt`; options as of `fastpoem.generate.sample`: count, top_k, top_p, temperature, seed …"""
-        from fastpoem.generate import sample
-
-        return sample(self.model, prompt, **options)
+    def generate(self, prompt: str | Sequence[str] = "", **options: Any) -> list[str]:
+        """Poems that begin with `prompt`, or with each of several; options as of `fastpoem.generation.poems.sample`: count, top_k, top_p,
+        temperature, seed … A run that was stopped writes with its newest checkpoint. Raises InputError."""
+        return sample(self.model if self.stopped_by is None else newest_checkpoint(self.folder), prompt, **options)
 
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
@@ -129,8 +131,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
-    if narrowed is not None:
-        beside[GENERATION] = narrowed.generation_config(special)
+    beside |= tokenizer_files(tokenizer, store.manifest["source"].get("convert"))
+    never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
+    beside[GENERATION] = generation_config(special, never, shape.n_positions)
 
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
         identity = folder.identity(config, store, shape, dtype)
