@@ -68,12 +68,16 @@ class Reader:
         shown = self.convert(unframed(self.tokenizer, text))
         if not self.speller.exact:
             shown = self._with_its_marks(tidy(visible(shown)))
-        encode, unknown = self.tokenizer.library.encode, self.tokenizer.unk_id
-        lacking = [one for one in dict.fromkeys(shown) if encode(one, add_special_tokens=False).ids == [unknown]]
-        if lacking and unknown is not None:
-            name = token(self.tokenizer.library, unknown)
-            self.say(f"{text}: the vocabulary lacks {' '.join(lacking)}, which the model reads as {name}")
+        self._name_unknown(text, shown)
         return Prompt(shown, read(self.tokenizer, shown))
+
+    def _name_unknown(self, text: str, shown: str) -> None:
+        found = self.tokenizer.library.encode(shown, add_special_tokens=False)
+        unknown = self.tokenizer.unk_id
+        parts = [shown[slice(*span)] for span, one in zip(found.offsets, found.ids, strict=True) if one == unknown]
+        if parts and unknown is not None:
+            name, lacking = token(self.tokenizer.library, unknown), " ".join(dict.fromkeys(parts))
+            self.say(f"{text}: the vocabulary lacks {lacking}, which the model reads as {name}")
 
     def _with_its_marks(self, text: str) -> str:
         """`text` with each half-width mark behind CJK as the poems have it: of its two forms the one that the model finds likelier."""
