@@ -5,9 +5,11 @@ A `BertTokenizer` is *rebuilt* by transformers even where the folder holds a tok
 (`BertTokenizer.__init__`, `TokenizersBackend.convert_to_native_format`, `PreTrainedTokenizerBase._from_pretrained`).
 A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would, but for the frame: a poem
 needs an end that the model can learn to write, so one that frames nothing (byte-level BPE) gets bos and eos round each poem.
+A folder that training has left (`fastpoem.corpus.tokenizer_files`) says for transformers how prompts begin, and under NOTES how its poems were framed.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from tokenizers.models import WordPiece
 from fastpoem.errors import InputError
 from fastpoem.paths import spelled
 
-FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG, NOTES = "tokenizer_config.json", "fastpoem"
+FILES = ("vocab.txt", "tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
 BERT_DEFAULTS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -51,13 +54,14 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, b
     for path in files:
         if path.stat().st_size > LARGEST_FILE:
             raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
-    config = _object(folder / "tokenizer_config.json")
+    config = tokenizer_config(folder)
+    trained = config.get(NOTES, {})
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
         raise InputError(
             folder, "holds no tokenizer", "add the vocab.txt or tokenizer.json that the model was made with"
         )
-    kind = config.get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
+    kind = (trained or config).get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
     side = config.get("truncation_side", "right")
     if side not in ("left", "right"):
         raise InputError(folder / "tokenizer_config.json", f"truncation_side is {side!r}", 'write "right" or "left"')
@@ -67,8 +71,8 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, b
         if kind in ("BertTokenizer", "BertTokenizerFast"):
             library, names = _bert(folder, config, saved, has_json)
         elif has_json:
-            library = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-            given, extra = _named(folder, config)
+            library = Tokenizer.from_str(json.dumps(saved | trained.get("trained", {})))
+            given, extra = _named(config, _object(folder / "special_tokens_map.json"))
             names = _ends(library, kind) | given
             _add(library, {}, names, extra)
         else:
@@ -87,6 +91,20 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, b
         raise
     except Exception as error:  # the library raises bare Exception, of any wording, for files it cannot use
         raise InputError(folder, f"its tokenizer cannot be loaded ({error})", "fetch the model folder again") from None
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json of a folder, {} where there is none. Raises InputError."""
+    config = _object(folder / CONFIG)
+    if not isinstance(config.get(NOTES, {}), dict):
+        raise InputError(folder / CONFIG, f"its {NOTES} is no JSON object", "fetch the model folder again")
+    return config
+
+
+def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
+    """{"cls_token": "[CLS]", …}: the special tokens that a tokenizer's files, content by name, give."""
+    config, legacy = (json.loads(files.get(name, b"{}")) for name in (CONFIG, "special_tokens_map.json"))
+    return {name: _text(token) for name, token in _named(config, legacy)[0].items()}
 
 
 def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
@@ -112,7 +130,7 @@ def _bert(
     else:
         with spelled(folder / "vocab.txt") as name:
             vocab = WordPiece.read_file(name)
-    given, extra = _named(folder, config)
+    given, extra = _named(config, _object(folder / "special_tokens_map.json"))
     names = BERT_DEFAULTS | given
     added = _added(folder, config, saved, names)
     by_text = {_text(token): token for token in added.values()}
@@ -167,9 +185,9 @@ def _add(library: Tokenizer, added: dict[int, AddedToken], names: dict[str, Any]
     library.add_tokens(tokens)
 
 
-def _named(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """({"cls_token": "[CLS]", …}, extra special tokens) that the folder's files give, as text or AddedToken."""
-    legacy = {} if "added_tokens_decoder" in config else _object(folder / "special_tokens_map.json")
+def _named(config: dict[str, Any], legacy: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """({"cls_token": "[CLS]", …}, extra special tokens) that tokenizer_config.json and special_tokens_map.json give, as text or AddedToken."""
+    legacy = {} if "added_tokens_decoder" in config else legacy
     both = config | legacy
     names = {name: both[name] for name in both if name.endswith("_token") and isinstance(both[name], str | dict)}
     extra: list[Any] = []

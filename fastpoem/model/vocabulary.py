@@ -3,13 +3,14 @@
 The bundled vocabulary of BERT has 21,128 ids, 217,561 classical poems use 5,184 of them, and the head is 28% of a step's arithmetic. Rows
 that no poem asks for need not be computed: as inputs they never come, as outputs they would only learn to be unlikely. What leaves the
 run (RUN/model, checkpoints) has every row again, the others with the very values they began with. Nothing taught these to be unlikely,
-so generation_config.json says never to write them, which transformers and `fastpoem.generate` obey.
+so generation_config.json says never to write them, which transformers and `fastpoem.generate` obey. It says so of every model's unknown,
+padding and other tokens that no text is made of.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fastpoem.model.gpt2 import GPT2
 EMBEDDING = "transformer.wte.weight"
 GENERATION = "generation_config.json"
 LARGEST_GENERATION = 1 << 24  # bytes
+PIPELINE_ASKS = 256  # new tokens of transformers' text-generation pipeline
 
 
 class Narrowed:
@@ -43,10 +45,20 @@ class Narrowed:
         self.whole.copy_(weights[EMBEDDING])
         embedding.copy_(self.whole[self.ids])
 
-    def generation_config(self, special: Mapping[str, int]) -> bytes:
-        """What makes `generate` and pipelines choose among `ids` only; `special`: bos, eos and pad, as in config.json."""
-        others = torch.ones(len(self.whole), dtype=torch.bool).index_fill_(0, self.ids, False)
-        return json.dumps({**special, "suppress_tokens": others.nonzero().flatten().tolist()}).encode()
+    def others(self) -> list[int]:
+        """The ids that are not trained."""
+        return (
+            torch.ones(len(self.whole), dtype=torch.bool).index_fill_(0, self.ids, False).nonzero().flatten().tolist()
+        )
+
+
+def generation_config(special: Mapping[str, int], never: Iterable[int], positions: int) -> bytes:
+    """What makes `generate` and pipelines write other ids than `never`. special: bos, eos and pad, as in config.json.
+
+    A pipeline asks for 256 tokens more, which a model of few positions has no room for: there, its poems end with the positions.
+    """
+    most = {"max_length": positions} if positions <= PIPELINE_ASKS + 64 else {}
+    return json.dumps({**special, **most, "suppress_tokens": sorted({*never})}).encode()
 
 
 def never_written(folder: Path, vocabulary: int) -> list[int]:

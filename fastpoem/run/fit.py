@@ -20,6 +20,7 @@ from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
+from fastpoem.corpus.tokenizer_files import never_ids, tokenizer_files
 from fastpoem.corpus.vocabulary import numbering
 from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
@@ -32,7 +33,7 @@ from fastpoem.model.attention import Varlen
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.model.grow import draw_rows
-from fastpoem.model.vocabulary import GENERATION, Narrowed
+from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.card import model_card
 from fastpoem.run.given import Given, take
@@ -133,9 +134,10 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             kernels=trusted.kernels,
         )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
-    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
-    if narrowed is not None:
-        beside[GENERATION] = narrowed.generation_config(special)
+    files = tokenizer_files(tokenizer, store.manifest["source"].get("convert"))
+    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
+    never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
+    beside[GENERATION] = generation_config(special, never, shape.n_positions)
 
     ask()
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):

@@ -23,6 +23,7 @@ from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.corpus.vocabulary import kept_ids
 from fastpoem.errors import InputError
+from fastpoem.generation.prompt import read
 from fastpoem.model import hub
 from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2Config
@@ -77,9 +78,7 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     shape = dataclasses.replace(shape, vocab_size=max(rows, tokenizer.vocab_size))
 
     if config.sample is not None:
-        tokens = 1 + len(
-            tokenizer.library.encode(config.sample, add_special_tokens=False).ids
-        )  # as generate counts them
+        tokens = len(read(tokenizer, config.sample))  # as generate counts them
         if tokens >= min(128, shape.n_positions):
             raise InputError("--sample", f"{tokens} tokens leave no room for a poem", "give its first characters")
     store = _open_store(config, source, tokenizer, shape, voice)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ class Run:
             return finished
         return next(_checkpoints(self.folder), finished)
 
-    def generate(self, prompt: str = "", **options: Any) -> list[str]:
-        """Poems that begin with `prompt`; options as of `fastpoem.generate.sample`: count, top_k, top_p, temperature, seed …"""
-        from fastpoem.generate import sample
+    def generate(self, prompt: str | Sequence[str] = "", **options: Any) -> list[str]:
+        """Poems that begin with `prompt`, or with each of several; options as of `fastpoem.generation.poems.sample`: count, top_k, top_p,
+        temperature, seed … Raises InputError."""
+        from fastpoem.generation.poems import sample
 
         if not self.model.is_dir():
             raise InputError(self.folder, "holds no model yet", "train it to a checkpoint first")

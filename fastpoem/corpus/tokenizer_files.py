@@ -1,0 +1,82 @@
+"""The tokenizer's files of a trained model's folder: who loads the folder reads a prompt as training read the beginning of a poem.
+
+A poem is trained on as `[CLS] … [SEP]`, and that is also what a `BertTokenizer` makes of a prompt, whatever its folder says: transformers
+builds its frame anew. A model that has seen [SEP] has ended its poem, and goes on with another or with nothing that makes sense. So the
+folder says that its tokenizer is its tokenizer.json, whose template begins a prompt and does not end it: `AutoTokenizer` and
+`pipeline("text-generation", RUN/model)` obey. `BertTokenizer.from_pretrained` still loads the folder, and frames as it always does.
+
+What training needs to know again (`fastpoem.corpus.pipeline`) stands under NOTES in tokenizer_config.json: the class and the frame that the
+tokenizer came with, and the conversion of the text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, processors
+
+from fastpoem.corpus.pipeline import BERT_DEFAULTS, CONFIG, NOTES, named_tokens, tokenizer_config
+from fastpoem.corpus.tokenize import PoemTokenizer
+
+LINE_BREAK = "line_break_token"
+# Between CJK, full-width marks and anything no space stands: for transformers, whose BERT decoder sets one between all tokens.
+_WIDE = r"[\x{2e80}-\x{a4cf}\x{ac00}-\x{d7af}\x{f900}-\x{faff}\x{fe30}-\x{fe4f}\x{ff00}-\x{ffef}\x{20000}-\x{3ffff}]"
+
+
+def tokenizer_files(tokenizer: PoemTokenizer, convert: str | None = None) -> dict[str, bytes]:
+    """Content by name: what `tokenizer` was loaded from, made to begin prompts as its poems begin. convert: the OpenCC conversion of the
+    text, which prompts get too."""
+    found = dict(tokenizer.files)
+    config = json.loads(found[CONFIG]) if CONFIG in found else {}
+    library = json.loads(tokenizer.library.to_str())
+    notes = {"tokenizer_class": config.get("tokenizer_class"), **config.get(NOTES, {}), "convert": convert}
+    notes |= {"trained": {part: library[part] for part in ("post_processor", "decoder")}}
+    config.pop("auto_map", None)  # code of a stranger's, which does not come along
+    config |= {name: text for name, text in _names(tokenizer).items() if not config.get(name)}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", NOTES: notes}
+    found[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    found["tokenizer.json"] = _beginning(tokenizer, library).encode()
+    return found
+
+
+def notes_of(folder: Path) -> dict[str, Any]:
+    """{"convert": …, LINE_BREAK: …} of a model folder, each None where it says nothing. Raises InputError."""
+    config = tokenizer_config(folder)
+    found = {"convert": config.get(NOTES, {}).get("convert"), LINE_BREAK: config.get(LINE_BREAK)}
+    return {name: value if isinstance(value, str) else None for name, value in found.items()}
+
+
+def never_ids(tokenizer: PoemTokenizer, rows: int) -> set[int]:
+    """Ids that are in no poem's text, of an embedding of `rows`: unknown, padding, first, mask, and those without a token. Not the one that
+    ends a poem, whatever else it is."""
+    names = named_tokens(tokenizer.files)
+    texts = [(BERT_DEFAULTS | names)[name] for name in ("mask_token", "unk_token", "pad_token", "cls_token")]
+    ids = [tokenizer.library.token_to_id(text) for text in [*texts, names.get("bos_token") or ""]]
+    ids += [tokenizer.unk_id, tokenizer.pad_id, tokenizer.cls_id]
+    known = set(tokenizer.library.get_vocab(True).values())
+    without = {one for one in range(rows) if one not in known}
+    return ({one for one in ids if one is not None and one < rows} | without) - {tokenizer.sep_id}
+
+
+def _names(tokenizer: PoemTokenizer) -> dict[str, str]:
+    """The special tokens by the names that transformers has for them."""
+    ids = {"pad_token": tokenizer.pad_id, "cls_token": tokenizer.cls_id, "sep_token": tokenizer.sep_id}
+    ids |= {"bos_token": tokenizer.cls_id, "eos_token": tokenizer.sep_id}
+    ids |= {} if tokenizer.unk_id is None else {"unk_token": tokenizer.unk_id}
+    return {name: text for name, index in ids.items() if (text := tokenizer.library.id_to_token(index))}
+
+
+def _beginning(tokenizer: PoemTokenizer, parts: dict[str, Any]) -> str:
+    """tokenizer.json: as `tokenizer` is (`parts`), but that a text gets its first token and not its last, and that decoding sets no space
+    beside CJK."""
+    library = Tokenizer.from_str(json.dumps(parts))
+    first = library.id_to_token(tokenizer.cls_id)
+    library.post_processor = processors.TemplateProcessing(
+        single=[first, "$A"], pair=[first, "$A", "$B:1"], special_tokens=[(first, tokenizer.cls_id)]
+    )
+    if (parts["decoder"] or {}).get("type") == "WordPiece":
+        gaps = decoders.Replace(Regex(f"(?<={_WIDE}) +| +(?={_WIDE})"), "")
+        library.decoder = decoders.Sequence([library.decoder, decoders.Fuse(), gaps])
+    return library.to_str()

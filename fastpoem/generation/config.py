@@ -1,0 +1,53 @@
+"""Every setting of generation once: default, help and check. The command line and `run.generate` are both made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastpoem.config import MANY, NO_POEM
+from fastpoem.errors import InputError
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Write poems with a trained model."""
+
+    model: str
+    """A run's folder, the folder of a model, or a Hugging Face name."""
+    prompt: tuple[str, ...] = ()
+    """How the poem begins. Several begin several poems."""
+    count: int = 1
+    """Poems to write, of each prompt."""
+    max_length: int = 128
+    """Longest poem in tokens, the prompt included."""
+    temperature: float = 1.0
+    """Below 1 is safer, above 1 bolder; 0 always takes the likeliest character."""
+    top_k: int = 50
+    """Choose among the k likeliest characters; 0 among all."""
+    top_p: float = 1.0
+    """Choose among the likeliest characters that together have this probability."""
+    seed: int | None = None
+    """Same seed, same poems."""
+    device: str = "cpu"
+    """auto, cpu, cuda or cuda:N."""
+
+    def check(self) -> GenerateConfig:
+        odd = next((prompt for prompt in self.prompt if NO_POEM.search(prompt)), None)
+        rules = (
+            ("count", 1 <= self.count <= MANY, "use 1 or more"),
+            ("max_length", self.max_length >= 3, "use 3 or more"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-3 <= self.temperature < float("inf"),
+                "use 0, or 0.001 and more",
+            ),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "use 0 to 9223372036854775807"),
+            ("prompt", odd is None, "use characters of UTF-8 on one line"),
+            ("top_k", self.top_k >= 0, "use 0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "use more than 0, at most 1"),
+        )
+        for name, fine, mend in rules:
+            if not fine:
+                value = odd if name == "prompt" else getattr(self, name)
+                raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", mend)
+        return self
