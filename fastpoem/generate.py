@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
+from fastpoem import signals
 from fastpoem.cli import parse, run_command
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.generation.poems import poems
@@ -15,7 +16,8 @@ from fastpoem.generation.poems import sample as sample
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(GenerateConfig, argv, prog="python -m fastpoem.generate").check()
 
-    from fastpoem.run.trained import trained_model  # torch takes seconds to import
+    signals.imported("torch")  # which takes seconds
+    from fastpoem.run.trained import trained_model
 
     model = trained_model(config.model, lambda line: print(f"fastpoem: {line}", file=sys.stderr))
     for poem in poems(dataclasses.replace(config, model=model)):

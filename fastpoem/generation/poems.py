@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fastpoem import signals
 from fastpoem.errors import InputError
 from fastpoem.generation.config import GenerateConfig
 
@@ -20,6 +21,7 @@ def sample(model: str | Path, prompt: str | Sequence[str] = "", **options: objec
 def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> Iterator[str]:
     """The poems that `config` (checked) asks for, as they are written. say: hears what was done to a prompt; by default, stderr.
     Raises InputError."""
+    signals.imported("torch")
     import torch
 
     from fastpoem.corpus.tokenize import PoemTokenizer

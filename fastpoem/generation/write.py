@@ -17,6 +17,7 @@ from fastpoem.generation.choose import candidates, draw, likeliest, numbers_of
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.model.cached import Cache, bytes_a_poem
 from fastpoem.model.gpt2 import GPT2, GPT2Config
+from fastpoem.signals import ask
 
 BATCH_BYTES = 256 << 20
 MOST_AT_ONCE = 32  # products of more rows are hardly faster, and the first poem would be longer in coming
@@ -85,6 +86,7 @@ def _go_on(
     here = torch.arange(len(begun), device=device)  # poems in the batch
     going = torch.ones(len(begun), dtype=torch.bool, device=device)  # those of them that have not ended
     for position in range(shortest, longest):
+        ask()
         if config.temperature:
             chosen = draw(*candidates(logits, config, silent), numbers[here, position])
         else:
