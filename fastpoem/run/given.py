@@ -38,6 +38,7 @@ class Given(NamedTuple):
     raw_config: dict[str, Any]  # the model's config.json
     tokenizer: PoemTokenizer
     store: TokenStore
+    held: np.ndarray  # rows that are not trained on, sorted int64: held out, their copies, and with --dedup all copies
     validation: Validation
     order: Order
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
@@ -85,7 +86,7 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, own, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
-    return Given(model_folder, shape, raw_config, tokenizer, store, validation, order, ids)
+    return Given(model_folder, shape, raw_config, tokenizer, store, held.left_out, validation, order, ids)
 
 
 def _lost(store: TokenStore) -> Iterator[str]:
