@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import shutil
 import signal
+import threading
 
 import numpy as np
 import pytest
@@ -20,10 +23,12 @@ from fastpoem.corpus.store import Bucket, TokenStore
 from fastpoem.engine.step import Totals
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
+from fastpoem.run import fit as fit_module
 from fastpoem.run import loop as loop_module
+from fastpoem.run import metrics as metrics_module
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
-from fastpoem.run.metrics import Voice
+from fastpoem.run.metrics import Voice, step_line
 from tests.runs import assert_same, rows, settings, tiny_data, tiny_model
 
 
@@ -331,3 +336,126 @@ def test_a_mean_is_that_of_the_tokens_since_the_last_row(base, tmp_path):
         before = row["step"]
     assert before == 28
     assert json.loads((tmp_path / "seldom/metrics.jsonl").read_text().splitlines()[0])["loss_mean"] == each[1]["loss"]
+
+
+@given(
+    step=st.integers(1, 2_000_000), epochs=st.integers(1, 100), speed=st.floats(1, 2e7), loss=st.floats(0, 99),
+    accuracy=st.floats(0, 1), left=st.one_of(st.none(), st.floats(0, 35_000)),
+)  # fmt: skip
+def test_a_line_of_the_log_fits_a_console(step, epochs, speed, loss, accuracy, left):
+    row = {
+        "epoch": epochs,
+        "step": step,
+        "lr": 2e-5,
+        "loss_mean": loss,
+        "accuracy_mean": accuracy,
+        "tokens_per_s": speed,
+    }
+    line = step_line(row, epochs, step, left)
+    assert len(line) <= 100 and f"mean loss {loss:.3f}" in line and ("left" in line) == (left is not None)
+    told = re.search(r"([\d.]+)([kM]?) tok/s", line)
+    assert float(told[1]) * {"": 1, "k": 1e3, "M": 1e6}[told[2]] == pytest.approx(speed, rel=0.006, abs=0.5)
+
+
+def test_how_long_is_left_is_said_once_it_can_be_known(base, tmp_path, capsys):
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  step " in line]
+    assert ["  left " in line for line in lines] == [False] * 9 + [True] * 5
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(lr=0.0), "--lr 0: nothing will be learned"),
+        (dict(lr=2e-5), "--lr 2e-05 is for going on from trained weights: from scratch, about 0.01 learns more"),
+        (dict(lr=1e-2), None),
+    ],
+    ids=repr,
+)
+def test_a_rate_that_learns_little_is_said(base, tmp_path, capsys, changes, says):
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1, **changes))
+    hints = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--lr")]
+    assert hints == ([says] if says else [])
+
+
+def test_silence_that_lasts_is_explained(base, tmp_path, monkeypatch, capsys):
+    slow, told = {}, threading.Event()
+    say = Voice.say
+
+    def heard(self, line):
+        say(self, line)
+        if line.endswith(" …"):
+            slow.setdefault(line, True)
+            told.set()
+
+    def slowly(function):
+        def waits(*given, **named):
+            told.clear()
+            assert told.wait(60)
+            return function(*given, **named)
+
+        return waits
+
+    monkeypatch.setattr(Voice, "say", heard)
+    fastpoem.fit(**settings(base, out=str(tmp_path / "quick"), max_steps=1))
+    assert not slow  # what is over at once says nothing
+    monkeypatch.setattr(metrics_module, "NOTICED", 0.01)
+    for place, name in ((loop_module, "evaluate"), (fit_module, "build_step"), (fit_module.hub, "write_folder")):
+        monkeypatch.setattr(place, name, slowly(getattr(place, name)))
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=1))
+    assert {"validating on 3 poems …", "writing the model …", "getting the step ready: compiling, recording …"} <= {
+        *slow
+    }
+
+
+def test_what_a_resumed_run_computes_otherwise_is_said(base, tmp_path, monkeypatch, capsys):
+    common = settings(base, out=str(tmp_path / "run"), schedule="constant", warmup_steps=None)
+    fastpoem.fit(**common | dict(max_steps=10, epochs=100))
+    capsys.readouterr()
+    monkeypatch.setattr(Loop, "arithmetic", "PyTorch's operators on the CPU, today")
+    fastpoem.fit(**common | dict(max_steps=400, epochs=100), resume=True, save_every=1000)
+    said = capsys.readouterr().out
+    assert "the learning rate rises over 20 steps, where it rose over 0" in said
+    assert "computed by PyTorch's operators on the CPU, today from here on, where it was by" in said
+
+
+def test_a_folder_that_comes_back_has_its_config_again(base, tmp_path, monkeypatch):
+    one_step, out = Loop.one_step, tmp_path / "run"
+
+    def vanishing(self):
+        one_step(self)
+        if self.done == 5:
+            content.append((out / "config.json").read_bytes())
+            shutil.rmtree(out)
+
+    content = []
+    monkeypatch.setattr(Loop, "one_step", vanishing)
+    fastpoem.fit(**settings(base, out=str(out), epochs=1))
+    assert (out / "config.json").read_bytes() == content[0]
+
+
+def test_at_the_very_end_training_is_not_said_to_go_on(base, tmp_path, monkeypatch, capsys):
+    write, refused = loop_module.checkpoint.write, []
+
+    def full(run, step, *given):
+        if (step == 28 and len(refused) < 2) or step == 14:
+            refused.append(step)
+            raise OSError(28, "No space left on device")
+        return write(run, step, *given)
+
+    monkeypatch.setattr(loop_module.checkpoint, "write", full)
+    monkeypatch.setattr(loop_module, "RETRY_SECONDS", 0.01)
+    fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=2))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "could not be written" in line]
+    assert ["training goes on" in line for line in lines] == [True, False]
+
+
+def test_a_cache_that_cannot_be_written_is_called_by_its_flag(base, tmp_path, monkeypatch):
+    from fastpoem.corpus import make
+
+    def full(*given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make, "_scatter", full)
+    with pytest.raises(InputError, match="choose another --cache-dir"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache")))

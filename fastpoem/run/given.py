@@ -44,6 +44,7 @@ class Given(NamedTuple):
     fresh: range  # ids that the model's weights have no rows for: they are drawn
     tokenizer: PoemTokenizer
     store: TokenStore
+    held: np.ndarray  # rows that are not trained on, sorted int64: held out, their copies, and with --dedup all copies
     validation: Validation
     order: Order
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
@@ -100,7 +101,9 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, own, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
-    return Given(model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, validation, order, ids)
+    return Given(
+        model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, held.left_out, validation, order, ids
+    )
 
 
 def _grown(config: TrainConfig, source: Path, tokenizer: PoemTokenizer, voice: Voice) -> PoemTokenizer:
