@@ -67,7 +67,7 @@ class TrainConfig:
     """A set of other defaults. notebook: random batches padded to their longest, loss on padding, fp32, nothing held out. fast: more
     learned in one epoch, by a higher rate that rises first and falls to zero at the end, without dropout."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto, cpu, cuda, cuda:N or mps. auto: the CUDA device with the most free memory, else the CPU. mps (Apple): in fp32, plainly."""
 
     epochs: int = 1
     """Passes over the poems."""
@@ -123,8 +123,9 @@ class TrainConfig:
     seed: int = 0
     """Order of poems, dropout and weights drawn from scratch."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 keeps fp32 master weights. auto: bf16 on a GPU that has it; on a CPU measured, the faster."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """bf16 and fp16 keep fp32 master weights; fp16 scales the loss, too, and is for GPUs without bf16 (T4, V100, RTX 20). auto: bf16 on a
+    GPU that has it, fp16 on an older one; on a CPU fp32 or bf16, measured, the faster."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile the model. auto: on a GPU with Triton; off on a CPU, where it was measured to be slower."""
     graphs: Literal["auto", "on", "off"] = "auto"
@@ -159,8 +160,8 @@ class TrainConfig:
             raise InputError(
                 f"--sample {self.sample!r:.80}", "holds what no poem does", "use characters of UTF-8 on one line"
             )
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", self.device):
-            raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
+            raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda, cuda:N or mps")
         if self.val_data and self.val_poems:
             raise InputError("--val-poems", "--val-data says what is validated on", "drop one of the two")
         if self.loss_on_padding and self.batching == "pack":

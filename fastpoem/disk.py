@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PIECE = 1 << 23  # bytes hashed and written at a time, while they are in the cache
-DTYPES = {"torch.float32": "F32", "torch.float64": "F64", "torch.int64": "I64", "torch.uint8": "U8"}
+DTYPES = {
+    "torch.float32": "F32",
+    "torch.float64": "F64",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.uint8": "U8",
+}
 REPLACED = ".replaced"
 _SWAP, _HERE = 2, -100  # RENAME_EXCHANGE, AT_FDCWD
 

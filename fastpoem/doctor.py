@@ -35,8 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastpoem.engine.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.precision import choose_device
 
-    device = choose_device(config.device)
-    report = examine(device, quick=config.quick, say=lambda line: print(line, file=sys.stderr, flush=True))
+    say = lambda line: print(line, file=sys.stderr, flush=True)
+    device = choose_device(config.device, say)
+    report = examine(device, quick=config.quick, say=say)
     if config.json:
         print(json.dumps(report, ensure_ascii=False, allow_nan=False))
     else:
@@ -78,7 +79,10 @@ def show(report: dict[str, Any]) -> None:
         ("copy", "copy_gb_s", "peak_memory_gb_s", "GB/s"),
         ("fp32 products", "fp32_tflop_s", "peak_fp32_tflop_s", "TFLOP/s"),
         ("bf16 products", "bf16_tflop_s", "peak_bf16_tflop_s", "TFLOP/s"),
+        ("fp16 products", "fp16_tflop_s", "peak_fp16_tflop_s", "TFLOP/s"),
     ):
+        if key not in rates:
+            continue
         of = f", {rates[key] / rates[top]:.0%} of the card's {rates[top]:,.0f}" if rates[top] else ""
         facts.add_row(name, f"{rates[key]:,.4g} {unit}{of}")
     console.print(facts, "")

@@ -151,6 +151,7 @@ def test_whoever_runs_out_of_a_cards_memory(monkeypatch, says):
     from fastpoem.errors import InputError
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     for name in ("max_memory_allocated", "memory_reserved"):
         monkeypatch.setattr(torch.cuda, name, lambda device: 6 << 30)
     card = torch.device("cuda:0")

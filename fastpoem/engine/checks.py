@@ -4,7 +4,7 @@ The tests of the project run where there is no GPU, and a card's numbers, races 
 has a check here that takes seconds, runs on any device, and fails when the path is broken. None of them compares with nothing: where every
 number is zero, or the weights did not move, that is a failure too.
 
-A check is named by a line: `kernels 21128` (the vocabulary), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`,
+A check is named by a line: `kernels 21128` (the vocabulary; with `float16` where that is computed in), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`,
 `full` (the real model's shape), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs
 checks in a process of their own (`fastpoem.engine.trust`), because a kernel that writes where it should not leaves a CUDA context in which
 nothing works any more.
@@ -32,7 +32,7 @@ from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels, done_without, kernels_without
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.precision import choose_device
+from fastpoem.engine.precision import choose_device, has_bf16
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model.flash import find_varlen
 from fastpoem.model.gpt2 import GPT2, GPT2Config
@@ -40,7 +40,7 @@ from fastpoem.model.gpt2 import GPT2, GPT2Config
 REAL = GPT2Config(21128, 1024, 768, 6, 12)  # 59.5 M parameters
 # Heads as wide as the real model's, and weights large enough for one batch's loss to be told from another's.
 SMALL = GPT2Config(1000, 160, 128, 2, 2, initializer_range=0.1)
-STEPS, POEMS, RATE = 12, 8, 1e-3
+STEPS, POEMS, RATE, SCALE = 12, 8, 1e-3, 4096.0
 
 
 class Trace(NamedTuple):
@@ -54,7 +54,7 @@ class Trace(NamedTuple):
 def wanted(dtype: torch.dtype, *, vocabulary: int, packed: bool, compiles: bool, graphs: bool) -> list[str]:
     """The checks of what a run in `dtype` uses."""
     kind, forms_of = str(dtype)[6:], " packed" if packed else ""
-    names = [f"kernels {vocabulary}", f"attention {kind}"]
+    names = [f"kernels {vocabulary}{' float16' if dtype == torch.float16 else ''}", f"attention {kind}"]
     names += [f"attention {kind} packed"] if packed else []
     names += [f"compiled {kind}{forms_of}"] if compiles else []
     names += [f"replay {kind}{forms_of}"] if graphs else []
@@ -74,7 +74,8 @@ def run(name: str, device: torch.device) -> list[Record]:
     piece, first, *more = name.split()
     if piece == "kernels":
         rows = 1030 if device.type == "cuda" else 128  # a step has about a thousand; the CPU is only shown to be right
-        return kernel_check.check(device, rows, int(first), parameters=4_000_000)
+        half = [torch.float16] if "float16" in more else [torch.bfloat16] if has_bf16(device) else []
+        return kernel_check.check(device, rows, int(first), parameters=4_000_000, dtypes=(torch.float32, *half))
     dtype = getattr(torch, first)
     shape, kernels = REAL if "full" in more else SMALL, kernels_without(more)
     checks: dict[str, Callable[[], list[Record]]] = {
@@ -138,8 +139,16 @@ def make_step(
     model.initialise(0)
     settings: dict[str, Any] = dict(weight_decay=0.01, max_norm=max_norm, kernels=kernels)
     optimizer = FlatAdamW(model.to(device).train(), device, dtype, **settings)
+    _begin_scale(optimizer)
     source = torch.zeros(POEMS * 67, dtype=torch.int16, device=device)
     return TrainStep(Pieces(model), optimizer, source, poems=POEMS, pad_id=0)
+
+
+def _begin_scale(optimizer: FlatAdamW) -> None:
+    """float16 begins at a scale at which no step is lost: what is compared is arithmetic, not the search for a scale."""
+    if optimizer.scale is not None:
+        optimizer.scale.value.fill_(SCALE)
+        optimizer.scale.good.zero_()
 
 
 def compile_step(step: TrainStep, rows: Sequence[Rows], backend: str | None = None) -> None:
@@ -160,13 +169,15 @@ def train(step: TrainStep, rows: Sequence[Rows], begin: Tensor | None = None, gr
         optimizer.master.copy_(begin)
         for tensor in (optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.applied):
             tensor.zero_()
+        _begin_scale(optimizer)
         optimizer.reload()
     start = optimizer.master.clone()
     torch.manual_seed(1)
     for number, one in enumerate(rows):
         step(one, RATE * (1 + number % 2))
         if gradient and number == 0:
-            seen = {name: part.detach().double().cpu() for name, part in optimizer.named(optimizer.grad)}
+            times = 1.0 if optimizer.scale is None else float(optimizer.scale.value)
+            seen = {name: part.detach().double().cpu() / times for name, part in optimizer.named(optimizer.grad)}
     return Trace(step.account.losses[-len(rows) :].double().cpu(), seen, (optimizer.master - start).cpu())
 
 
@@ -182,7 +193,7 @@ def replay(
     """Graph replay against the same step launched kernel by kernel, same random state, dropout off and on: losses and weights.
 
     Some of PyTorch's backward kernels add in whatever order threads come, so that a step does not repeat itself bit for bit. It is run
-    twice, and a replay may differ four times as far as that; 1e-6 (bf16: 1e-3) where it does repeat itself.
+    twice, and a replay may differ four times as far as that; 1e-6 (in 16 bits: 1e-3) where it does repeat itself.
     """
     rows, floor = batches(packed, shape), 1e-6 if dtype == torch.float32 else 1e-3
     found, plains, said = list[Record](), list[Trace](), list[str]()
@@ -218,7 +229,7 @@ def compiled(
 ) -> Record:
     """The compiled step against the eager one, dropout off: losses, every parameter's first gradient, the weights after a few steps.
 
-    In bf16 both round, in different places: the compiled step may be twice as far from the fp32 step as the eager one is.
+    In 16 bits both round, in different places: the compiled step may be twice as far from the fp32 step as the eager one is.
     """
     rows = batches(packed, shape)
 

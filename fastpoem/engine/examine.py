@@ -16,7 +16,7 @@ from fastpoem.config import TrainConfig
 from fastpoem.engine import checks, machine, trial, trust
 from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.memory import keep_freed_memory
-from fastpoem.engine.precision import choose_dtype
+from fastpoem.engine.precision import choose_dtype, has_bf16
 from fastpoem.model.flash import why_not_flash
 from fastpoem.signals import ask
 
@@ -55,7 +55,8 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     rates = {
         **machine.rates(device),
         "peak_memory_gb_s": peak and 1e3 * peak.memory,
-        "peak_bf16_tflop_s": peak and peak.bf16,
+        "peak_bf16_tflop_s": peak.half if peak and has_bf16(device) else None,
+        "peak_fp16_tflop_s": peak and peak.half,
         "peak_fp32_tflop_s": peak and peak.fp32,
     }
 

@@ -17,9 +17,10 @@ from fastpoem.engine.trust import driver, version
 
 
 class Peak(NamedTuple):
-    """Published, dense: TFLOP/s of bf16 products and of fp32 ones outside the matrix units, TB/s of memory."""
+    """Published, dense: TFLOP/s of 16-bit products (the same for bf16 and fp16, where there are both) and of fp32 ones outside the matrix
+    units, TB/s of memory."""
 
-    bf16: float
+    half: float
     fp32: float
     memory: float
 
@@ -37,6 +38,9 @@ PEAKS = {
     "A10": Peak(125, 31.2, 0.6),
     "RTX 4090": Peak(165, 82.6, 1.01),
     "RTX 3090": Peak(71, 35.6, 0.936),
+    "V100-SXM2": Peak(125, 15.7, 0.9),
+    "V100-PCIE": Peak(112, 14.0, 0.9),
+    "Tesla T4": Peak(65, 8.1, 0.32),
 }
 ISA = (
     "avx2",
@@ -102,7 +106,8 @@ def rates(device: torch.device) -> dict[str, float]:
     source = torch.zeros(count, device=device)
     sink = torch.empty_like(source)
     found = {"copy_gb_s": 8 * count / seconds(device, partial(sink.copy_, source)) / 1e9}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for name, dtype in {**kinds, "fp16": torch.float16}.items() if gpu else kinds.items():
         side = 8192 if gpu else 1536
         a = torch.randn(side, side, device=device).to(dtype)
         found[f"{name}_tflop_s"] = 2 * side**3 / seconds(device, partial(torch.mm, a, a)) / 1e12

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from fastpoem.config import TrainConfig
+from fastpoem.engine.precision import has_bf16
 from fastpoem.errors import InputError
 
 # malloc.h
@@ -43,9 +44,9 @@ def enough_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
             f"{device} has {_gib(total)}, of which training held {_gib(held)} at the most, and asked for {asked[1] if asked else 'more'}"
             f" ({_gib(total - free - reserved)} are the driver's and other processes')"
         )
-        less = ["a smaller --batch-size"] * (config.batch_size > 1) + ["--precision bf16"] * (
-            config.precision == "fp32"
-        )
+        half = "bf16" if has_bf16(device) else "fp16"
+        less = ["a smaller --batch-size"] * (config.batch_size > 1)
+        less += [f"--precision {half}"] * (config.precision == "fp32")
         less += ["a smaller --max-length"] + ["--vocab corpus"] * (config.vocab == "all")
         raise InputError(
             f"--batch-size {config.batch_size}", reason, f"use {', '.join(less[:-1])} or {less[-1]}"

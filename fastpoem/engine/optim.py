@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +17,40 @@ from fastpoem.engine.kernels import OURS, Kernels
 ALIGN = 64  # elements: every view starts on a 128-byte boundary even in bf16, so that kernels may use wide accesses
 
 
+SCALE, LEAST_SCALE, GOOD_STEPS = (
+    65536.0,
+    1.0,
+    2000,
+)  # of a float16 loss: at the beginning, at the least, and until it is doubled
+
+
+class LossScale(NamedTuple):
+    """What a float16 gradient is multiplied by so that the small is not lost, found by trying, as torch.amp.GradScaler does: halved where a
+    gradient is too large for it, doubled after 2,000 steps in which none was. On the device, which is not asked for it."""
+
+    value: Tensor  # 0-D float32, a power of two
+    good: Tensor  # 0-D int32: steps since it last changed
+
+    @classmethod
+    def first(cls, device: torch.device) -> LossScale:
+        return cls(torch.tensor(SCALE, device=device), torch.zeros((), dtype=torch.int32, device=device))
+
+    def update(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """After a step with this loss and gradient norm. Returns whether the step was lost to the scale alone (0-D bool): its gradient is not
+        finite, its loss is, and the scale was not yet as small as it may be."""
+        too_large = loss.isfinite() & ~norm.isfinite()
+        excused = too_large & (self.value > LEAST_SCALE)
+        torch._amp_update_scale_(self.value, self.good, too_large.float(), 2.0, 0.5, GOOD_STEPS)
+        self.value.clamp_(min=LEAST_SCALE)
+        return excused
+
+
 class FlatAdamW:
     """Clipped AdamW over a module's parameters, which become views of flat buffers; each has its gradient's view as `main_grad`.
 
-    The masters are float32; with dtype bfloat16 the module computes on a bfloat16 copy that the update rewrites. No method
+    The masters are float32; with dtype bfloat16 or float16 the module computes on a copy that the update rewrites. No method
     synchronises with the device. Tensors: `master`, `exp_avg`, `exp_avg_sq` (P,) float32; `grad`, `working` (P,) in dtype;
-    `applied`, `lr`, `max_norm` 0-D float32.
+    `applied`, `lr`, `max_norm` 0-D float32. `scale`: with float16, what `grad` is multiplied by.
     """
 
     def __init__(
@@ -42,6 +71,7 @@ class FlatAdamW:
         self.grad = torch.zeros(sum(sizes), device=device, dtype=dtype)
         self.applied, self.lr = torch.zeros((), device=device), torch.zeros((), device=device)
         self.max_norm = torch.tensor(max_norm, dtype=torch.float32, device=device)
+        self.scale = LossScale.first(device) if dtype == torch.float16 else None
         self.working = self.master if dtype == torch.float32 else torch.empty_like(self.grad)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
@@ -66,10 +96,10 @@ class FlatAdamW:
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.view(flat, name)) for name in self.shapes)
 
-    def step(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip and update from `grad` at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool):
-        a step whose norm or `loss` is not finite is skipped and changes nothing."""
-        return self.kernels.clipped_adamw_(
+    def step(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clip and update from `grad` at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool, excused):
+        a step whose norm or `loss` is not finite is skipped and changes nothing. excused: as `LossScale.update`, with float16."""
+        norm, skipped = self.kernels.clipped_adamw_(
             self.master,
             self.grad,
             self.exp_avg,
@@ -80,7 +110,9 @@ class FlatAdamW:
             weight_decay=self.weight_decay,
             loss=loss,
             low_precision=None if self.working is self.master else self.working,
+            grad_scale=None if self.scale is None else self.scale.value,
         )
+        return norm, skipped, None if self.scale is None else self.scale.update(loss, norm)
 
     def reload(self) -> None:
         """Renew the working copy after the masters were written from outside."""

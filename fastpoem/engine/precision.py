@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from fastpoem.engine import cards
 from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import GPT2Config
 
@@ -16,27 +18,43 @@ WORTH = 20e9  # FLOPs of a step's products below which there are only millisecon
 ROUNDS, SECONDS = 9, 0.5
 
 
-def choose_device(wanted: str) -> torch.device:
-    """auto: the first GPU, else the CPU. Raises InputError for a device that is not there, listing those that are.
+def choose_device(wanted: str, say: Callable[[str], None] = lambda line: None) -> torch.device:
+    """auto: the GPU with the most free memory, else the CPU; `say` hears which of several, and why not one that is there. Raises InputError
+    for a device that cannot be had, with the reason.
 
-    Sets for the process how CUDA devices compute. What is called fp32 is fp32: no TF32 products, and no 16-bit partial sums in bf16 ones.
-    cuDNN's attention is off: PyTorch prefers it on Hopper wherever nothing is dropped (validation, --dropout 0), and it builds a plan for
-    every shape anew, where the flash kernel serves all of them.
+    Sets for the process how CUDA devices compute. What is called fp32 is fp32: no TF32 products, and no 16-bit partial sums in bf16 and
+    fp16 ones. cuDNN's attention is off: PyTorch prefers it on Hopper wherever nothing is dropped (validation, --dropout 0), and it builds a
+    plan for every shape anew, where the flash kernel serves all of them.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.enable_cudnn_sdp(False)
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    there = ["cpu", *(f"cuda:{i}" for i in range(count))]
-    if wanted == "auto":
-        return _current(0) if count else torch.device("cpu")
     kind, _, index = wanted.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (":" in wanted and not (kind == "cuda" and index.isdecimal())):
+        raise InputError(f"--device {wanted}", "no such kind of device", "use auto, cpu, cuda, cuda:N or mps")
     if wanted == "cpu":
         return torch.device("cpu")
-    if kind != "cuda" or (":" in wanted and not index.isdecimal()):
-        raise InputError(f"--device {wanted}", "no such kind of device", "use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            why = (
+                "there is no such device here" if torch.backends.mps.is_built() else "this PyTorch is built without it"
+            )
+            raise InputError("--device mps", why, f"this machine has {there}")
+        return torch.device("mps")
+    if not count:
+        if wanted == "auto":
+            if cards.is_idle():
+                say(f"training on the CPU although there is a GPU: {'; '.join(cards.why_no_cuda())}")
+            return torch.device("cpu")
+        reason, mend = cards.why_no_cuda()
+        raise InputError(f"--device {wanted}", reason, f"{mend}, or use --device cpu")
+    if wanted == "auto":
+        return _current(cards.most_free(count, say))
     if int(index or 0) >= count:
-        raise InputError(f"--device {wanted}", "there is no such device here", f"this machine has {', '.join(there)}")
+        raise InputError(f"--device {wanted}", "there is no such device here", f"this machine has {there}")
     return _current(int(index or 0))
 
 
@@ -47,19 +65,29 @@ def _current(index: int) -> torch.device:
 
 
 def choose_dtype(wanted: str, device: torch.device, shape: GPT2Config, tokens: int) -> tuple[torch.dtype, str]:
-    """(dtype, the reason in a few words) for steps of about `tokens` tokens. Raises InputError for bf16 on a GPU without it."""
-    if wanted == "fp32":
-        return torch.float32, "asked for"
-    if device.type == "cpu":
-        return (torch.bfloat16, "asked for") if wanted == "bf16" else _measured(shape, tokens)
-    has_it = torch.cuda.get_device_capability(device) >= (8, 0)
-    if wanted == "bf16" and not has_it:
+    """(dtype, the reason in a few words) for steps of about `tokens` tokens. Raises InputError for what the device has not."""
+    if device.type not in ("cpu", "cuda"):
+        if wanted not in ("auto", "fp32"):
+            raise InputError(f"--precision {wanted}", f"on {device} training is in fp32 only", "use --precision fp32")
+        return torch.float32, "asked for" if wanted == "fp32" else f"all there is on {device}"
+    if wanted == "auto" and device.type == "cpu":
+        return _measured(shape, tokens)
+    if wanted == "bf16" and device.type == "cuda" and not has_bf16(device):
         raise InputError(
-            "--precision bf16", f"{torch.cuda.get_device_name(device)} has no bf16", "use --precision fp32"
+            "--precision bf16", f"{torch.cuda.get_device_name(device)} has no bf16", "use --precision fp16"
         )
-    if has_it:
-        return torch.bfloat16, "asked for" if wanted == "bf16" else "the GPU has it"
-    return torch.float32, "the GPU has no bf16"
+    if wanted != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted], "asked for"
+    if has_bf16(device):
+        return torch.bfloat16, "the GPU has it"
+    if torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16, "the GPU has no bf16, and computes fp16 faster than fp32"
+    return torch.float32, "the GPU has no matrix units"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """A CPU computes it, however slowly; PyTorch does so on an old GPU too, which is not meant here."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0))
 
 
 def _measured(shape: GPT2Config, tokens: int) -> tuple[torch.dtype, str]:

@@ -20,7 +20,7 @@ from fastpoem.engine.batch import IGNORE, assemble
 from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
 
-GIVE_UP = 5  # steps in a row whose loss or gradient is not finite
+GIVE_UP = 5  # steps in a row whose loss or gradient is not finite, those excused left out
 HOST = torch.device("cpu")
 NOTED = 1024  # losses kept on the device before somebody must look, which stops it
 
@@ -70,14 +70,27 @@ class Totals(NamedTuple):
         return self.correct / max(1, self.counted)
 
 
-def account(to: Account, loss: Tensor, norm: Tensor, skipped: Tensor, valid: Tensor, correct: Tensor, counted: Tensor):
-    """Add a step to the account. loss, norm 0-D float32; skipped 0-D bool; counts 0-D int64."""
+def account(
+    to: Account,
+    loss: Tensor,
+    norm: Tensor,
+    skipped: Tensor,
+    valid: Tensor,
+    correct: Tensor,
+    counted: Tensor,
+    excused: Tensor | None = None,
+):
+    """Add a step to the account. loss, norm 0-D float32; skipped 0-D bool; counts 0-D int64. excused 0-D bool: it was skipped for a
+    reason that is no failure, and is neither one of those in a row nor the end of them."""
     to.last.copy_(torch.stack([x.double() for x in (loss, norm, correct, counted, skipped)]))
     weighted = torch.where(skipped, 0.0, loss.double() * valid)
     counts = torch.stack([valid, correct, counted]) * ~skipped
     to.sums.add_(torch.cat([weighted[None], counts, skipped[None]]))
     to.losses.copy_(torch.cat([to.losses[1:], loss[None]]))
-    to.failed_in_a_row.add_(1).mul_(skipped)
+    if excused is None:
+        to.failed_in_a_row.add_(1).mul_(skipped)
+    else:
+        to.failed_in_a_row.add_(~excused).mul_(skipped)
     torch.maximum(to.most_failed, to.failed_in_a_row, out=to.most_failed)
 
 
@@ -149,19 +162,20 @@ class TrainStep:
         batch = pieces.assemble(self.source, self.message[:-1], shape, self.pad_id, self.pad_targets)
         logits = pieces.model(batch.inputs, batch.packing)  # (B * T, V)
         uncounted = self.pad_id if self.pad_targets else None
-        out = optimizer.kernels.cross_entropy(logits, batch.targets.flatten(), IGNORE, uncounted)
+        scale = None if optimizer.scale is None else optimizer.scale.value
+        out = optimizer.kernels.cross_entropy(logits, batch.targets.flatten(), IGNORE, uncounted, scale)
         out.loss.backward()
         if pieces.autograd:
             optimizer.collect()
         loss = out.loss.detach()
-        norm, skipped = optimizer.step(loss)
-        pieces.account(self.account, loss, norm, skipped, out.valid, out.correct, out.counted)
+        norm, skipped, excused = optimizer.step(loss)
+        pieces.account(self.account, loss, norm, skipped, out.valid, out.correct, out.counted, excused)
 
     @contextlib.contextmanager
     def rehearsal(self, shape: Shape) -> Iterator[None]:
         """Inside, `work(shape)` does all it ever does and nothing is learned: the learning rate is NaN, at which the update skips the
         step, and account, message and random state are put back."""
-        put_back = [*self.account, self.message]
+        put_back = [*self.account, self.message, *(self.optimizer.scale or ())]
         kept = [tensor.clone() for tensor in put_back]
         state = rng_state(self.device)
         total = shape.packed or shape.poems * (shape.longest - 1)

@@ -91,7 +91,8 @@ def train(
 
     took = _median(device, run, rounds) / len(batches)
     totals, peak = step.totals(), _peak_memory(device)
-    note = f"{totals.skipped} steps were not finite" if totals.skipped else ""
+    failed = totals.skipped if optimizer.scale is None else int(step.account.most_failed)  # float16 tries its scale
+    note = f"{failed} steps were not finite" if failed else ""
     return _trial(form, took, setup, peak, note)
 
 

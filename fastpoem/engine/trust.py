@@ -68,7 +68,7 @@ def decide(
     names = checks.wanted(dtype, vocabulary=vocabulary, packed=packed, compiles=compiles, graphs=config.graphs != "off")
     failed = look_up(device, names, say) if failed is None else failed
     suffix = f"{kind} packed" if packed else kind
-    chosen = failed.get(f"kernels {vocabulary}", {})
+    chosen = failed.get(names[0], {})
     kernels = choose_kernels(chosen, say)
 
     def trusted(flag: str, name: str, insists: bool, otherwise: str) -> bool:

@@ -155,11 +155,11 @@ def read_newest(
 
 
 def precision(run: Path) -> str | None:
-    """ "fp32" or "bf16": what the newest checkpoint that tells was computed in. None where none does."""
+    """ "fp32", "bf16" or "fp16": what the newest checkpoint that tells was computed in. None where none does."""
     for _, path in listed(run):
         with suppress(Damaged, OSError, KeyError, TypeError):
             found = _described(path)["state"]["identity"]["settings"]["precision"]
-            if found in ("fp32", "bf16"):
+            if found in ("fp32", "bf16", "fp16"):
                 return found
     return None
 

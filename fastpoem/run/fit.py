@@ -82,7 +82,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     by name."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
-    device = choose_device(config.device)
+    device = choose_device(config.device, voice.say)
     if device.type == "cpu":
         keep_freed_memory()
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:

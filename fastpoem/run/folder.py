@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 
@@ -51,6 +51,11 @@ IN_THE_STORE = frozenset(
     {"max_length", "convert", "buckets", "field", "line_break", "clean", "whole"}
 )  # … and those that are compared as the store has them
 CONFIG = "config.json"
+PRECISIONS: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 ANOTHER = "name another folder with --out"
 
 
@@ -191,7 +196,7 @@ def identity(
     """What must be the same for a resumed run to be the same run."""
     free = FREE_ON_RESUME | IN_THE_STORE
     source, counts = store.manifest["source"], store.manifest["counts"]
-    config = dataclasses.replace(config, precision="bf16" if dtype == torch.bfloat16 else "fp32")  # what auto came to
+    config = dataclasses.replace(config, precision=PRECISIONS[dtype])  # what auto came to
     return {
         "store": {
             "poems": f"{counts['rows']} of {source.get('name')} ({str(source.get('sha256'))[:8]})",

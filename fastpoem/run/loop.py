@@ -209,6 +209,8 @@ class Loop:
         result = self.step.result()
         row = {"step": self.done, "epoch": epoch + 1, "lr": lr, "loss": result.loss}
         row |= {"accuracy": result.correct / max(1, result.counted), "grad_norm": result.norm}
+        if (scale := self.step.optimizer.scale) is not None:
+            row |= {"loss_scale": float(scale.value)}
         row |= {"poems": self.config.batch_size, "tokens": rows.tokens, **self.tally.row(self.step.totals())}
         self.metrics.write(row)
         left = self.tally.seconds_left(self.last_step - self.done)
@@ -224,7 +226,7 @@ class Loop:
         saved = checkpoint.newest_whole(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
         raise Diverged(
-            f"step {self.done}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; start again with a lower --lr, "
+            f"step {self.done}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; start again with a lower --lr{' or --precision fp32' * (self.step.optimizer.scale is not None)}, "
             "or go on past these poems with --resume"
         )
 
@@ -320,6 +322,7 @@ class Loop:
         rest |= {f"exp_avg_sq.{name}": tensor for name, tensor in optimizer.named(exp_avg_sq)}
         rest |= {"applied": optimizer.applied, "sums": account.sums, "losses": account.losses}
         rest |= {"failed_in_a_row": account.failed_in_a_row, "most_failed": account.most_failed}
+        rest |= {} if optimizer.scale is None else {"scale": optimizer.scale.value, "scale_good": optimizer.scale.good}
         rest |= {f"rng.{self.device.type}": rng_state(self.device)}
         weights = dict(optimizer.named(master))
         if self.narrowed is not None and flats is None:  # copies are widened by the thread that writes them

@@ -240,7 +240,8 @@ def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: fl
         hours, minutes = divmod(minutes, 60)
         line += f"  left {hours}:{minutes:02d}:{seconds:02d}"
     if "skipped" in row:
-        line += f"  skipped {row['skipped']} (loss or gradient not finite)"
+        why = f"too large for fp16; the loss scale is now {row['loss_scale']:,.0f}" if "loss_scale" in row else ""
+        line += f"  skipped {row['skipped']} ({why or 'loss or gradient not finite'})"
     return line
 
 

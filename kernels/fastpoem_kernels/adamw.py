@@ -21,7 +21,7 @@ PIECE = 256 * BLOCK
 
 def clipped_adamw_(
     param: Tensor,  # (P,) float32
-    grad: Tensor,  # (P,) float32 or bfloat16
+    grad: Tensor,  # (P,) float32, bfloat16 or float16
     exp_avg: Tensor,  # (P,) float32
     exp_avg_sq: Tensor,  # (P,) float32
     *,
@@ -33,25 +33,28 @@ def clipped_adamw_(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     loss: Tensor | None = None,  # ()
-    low_precision: Tensor | None = None,  # (P,) bfloat16
+    low_precision: Tensor | None = None,  # (P,) bfloat16 or float16
+    grad_scale: Tensor | None = None,  # () float32
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step in place; returns the gradient's L2 norm before clipping (0-D float32) and `skipped` (0-D bool).
 
     `step` counts the steps applied and is advanced here. `skipped`: the norm, `loss` or `lr` was not finite and nothing changed.
+    `grad_scale`: what the gradient was multiplied by (`cross_entropy`'s scale); the norm, the clip and the update are those of the
+    gradient without it.
     `low_precision` receives the rounded weights. On the CPU a float32 `grad` may be left clipped; its content is spent.
     """
     flat = [param, grad, exp_avg, exp_avg_sq, *([] if low_precision is None else [low_precision])]
     if any(t.shape != (param.numel(),) or not t.is_contiguous() for t in flat):
         raise ValueError(f"flat contiguous tensors of one length expected, got {[[*t.shape] for t in flat]}")
-    if any(t.dtype != torch.float32 for t in (param, exp_avg, exp_avg_sq, step, lr, max_norm)):
-        raise TypeError("weights, moments, step, lr and max_norm must be float32")
-    if any(t.shape != () for t in (step, lr, max_norm, *([] if loss is None else [loss]))):
-        raise ValueError("step, lr, max_norm and loss must be 0-D tensors")
-    if grad.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"float32 or bfloat16 gradient expected, got {grad.dtype}")
-    return _clipped_adamw(
-        param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay
-    )
+    given = [] if grad_scale is None else [grad_scale]
+    if any(t.dtype != torch.float32 for t in (param, exp_avg, exp_avg_sq, step, lr, max_norm, *given)):
+        raise TypeError("weights, moments, step, lr, max_norm and grad_scale must be float32")
+    if any(t.shape != () for t in (step, lr, max_norm, *given, *([] if loss is None else [loss]))):
+        raise ValueError("step, lr, max_norm, grad_scale and loss must be 0-D tensors")
+    if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"float32, bfloat16 or float16 gradient expected, got {grad.dtype}")
+    flats, numbers = (param, grad, exp_avg, exp_avg_sq), (step, lr, max_norm, loss, low_precision)
+    return _clipped_adamw(*flats, *numbers, beta1, beta2, eps, weight_decay, grad_scale)
 
 
 @operator("clipped_adamw_", overwrites=("param", "grad", "exp_avg", "exp_avg_sq", "step", "low_precision"))
@@ -69,20 +72,21 @@ def _clipped_adamw(
     beta2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(param):
         from fastpoem_kernels import adamw_triton  # only here: the CPU needs no Triton
 
-        return adamw_triton.clipped_adamw(
-            param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay
-        )
-    norm = _norm(grad)
+        flats, numbers = (param, grad, exp_avg, exp_avg_sq), (step, lr, max_norm, loss, low_precision)
+        return adamw_triton.clipped_adamw(*flats, *numbers, beta1, beta2, eps, weight_decay, grad_scale)
+    norm = _norm(grad) if grad_scale is None else _norm(grad) / grad_scale
     finite = norm.isfinite() & lr.isfinite()
     if loss is not None:
         finite &= loss.isfinite()
     step.add_(finite)
     if finite:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        factor = factor if grad_scale is None else factor / grad_scale
         t, rate = step.item(), lr.item()
         for p, g, m, v in zip(*(x.split(_piece(grad)) for x in (param, grad, exp_avg, exp_avg_sq)), strict=True):
             if native.usable(p, g := g.float(), m, v):
@@ -93,7 +97,7 @@ def _clipped_adamw(
                 torch._fused_adamw_(
                     [p], [g], [m], [v], [], [step],
                     lr=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-                    grad_scale=factor.reciprocal() if factor < 1 else None,
+                    grad_scale=factor.reciprocal() if factor != 1 else None,
                 )  # fmt: skip
     if low_precision is not None:
         low_precision.copy_(param)
@@ -122,5 +126,5 @@ def _piece(grad: Tensor) -> int:
 
 
 @fake("clipped_adamw_")
-def _(param, grad, exp_avg, exp_avg_sq, step, lr, max_norm, loss, low_precision, beta1, beta2, eps, weight_decay):
+def _(param, *_):
     return param.new_empty(()), param.new_empty((), dtype=torch.bool)

@@ -32,6 +32,7 @@ def clipped_adamw(
     beta2: float,
     eps: float,
     weight_decay: float,
+    grad_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Norm (0-D float32) and skipped (0-D bool)."""
     length = param.numel()
@@ -43,8 +44,9 @@ def clipped_adamw(
         if length:
             partial_squares[(programs,)](grad, partials, length, programs, NORM_BLOCK, num_warps=NORM_WARPS)
         step_scalars[(1,)](
-            partials, step, lr, max_norm, norm if loss is None else loss, norm, skipped, scalars,
-            programs, triton.next_power_of_2(max(programs, 1)), loss is not None,
+            partials, step, lr, max_norm, norm if loss is None else loss, lr if grad_scale is None else grad_scale,
+            norm, skipped, scalars,
+            programs, triton.next_power_of_2(max(programs, 1)), loss is not None, grad_scale is not None,
             math.log(beta1), math.log(beta2), weight_decay, num_warps=SCALAR_WARPS,
         )  # fmt: skip
         if length:
@@ -68,12 +70,16 @@ def partial_squares(grad, partials, P: tl.constexpr, PROGRAMS: tl.constexpr, BLO
 
 @triton.jit
 def step_scalars(
-    partials, step, lr, max_norm, loss, norm, skipped, scalars,
-    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, HAS_LOSS: tl.constexpr,
+    partials, step, lr, max_norm, loss, grad_scale, norm, skipped, scalars,
+    PROGRAMS: tl.constexpr, BLOCK: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_SCALE: tl.constexpr,
     LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr, WEIGHT_DECAY: tl.constexpr,
 ):  # fmt: skip
     at = tl.arange(0, BLOCK)
     length = tl.sqrt_rn(tl.sum(tl.load(partials + at, mask=at < PROGRAMS, other=0.0), 0))
+    undo = 1.0
+    if HAS_SCALE:
+        undo = 1.0 / tl.load(grad_scale)
+        length *= undo
     rate = tl.load(lr)
     finite = (tl.abs(length) < float("inf")) & (tl.abs(rate) < float("inf"))
     if HAS_LOSS:
@@ -82,7 +88,7 @@ def step_scalars(
     tl.store(norm, length)
     tl.store(skipped, finite == 0)
     tl.store(step, count)
-    tl.store(scalars, tl.minimum(tl.load(max_norm) / (length + 1e-6), 1.0))
+    tl.store(scalars, tl.minimum(tl.load(max_norm) / (length + 1e-6), 1.0) * undo)
     tl.store(scalars + 1, rate / _one_minus_exp(count * LOG_BETA1))
     tl.store(scalars + 2, tl.sqrt_rn(_one_minus_exp(count * LOG_BETA2)))
     tl.store(scalars + 3, 1.0 - rate * WEIGHT_DECAY)

@@ -85,6 +85,7 @@ def launches() -> list[Launch]:
     def keep(suffix: str, recorded: list[Launch], moves: dict[str, tuple[int, int]]) -> None:
         for launch in recorded:
             name = f"{launch.name}_{suffix}" if launch.name in moves else launch.name
+            name += "_scaled" if launch.constants.get("HAS_SCALE") else ""
             moved, least = moves.get(launch.name, (0, 0))
             found.setdefault(name, launch._replace(name=name, moves=moved, least=least))
 
@@ -93,16 +94,19 @@ def launches() -> list[Launch]:
 
     target = meta(ROWS, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        scale = meta() if dtype == torch.float16 else None
         for vocabulary in (VOCABULARY, LARGE_VOCABULARY):
             logits, row, short = meta(ROWS, vocabulary, dtype=dtype), vocabulary * dtype.itemsize, POINTER[dtype][1:]
-            train = record(partial(loss_triton.cross_entropy, logits, target, -100, 0, True))
+            train = record(partial(loss_triton.cross_entropy, logits, target, -100, 0, True, scale))
             keep(short, train, {"whole_row": (2 * row, 2 * row), "looped_row": (3 * row, 2 * row)})
             evaluate = record(partial(loss_triton.cross_entropy, logits, target, -100, 0, False))
             keep(f"{short}_evaluate", evaluate, {"whole_row": (row, row), "looped_row": (row, row)})
             keep(short, record(partial(loss_triton.scale, logits, meta())), {"scale_unless_one": (2 * row, 2 * row)})
     param, m, v = meta(PARAMETERS), meta(PARAMETERS), meta(PARAMETERS)
-    for dtype, low in ((torch.float32, None), (torch.bfloat16, meta(PARAMETERS, dtype=torch.bfloat16))):
-        grad, settings = meta(PARAMETERS, dtype=dtype), (0.9, 0.999, 1e-8, 0.01)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        low = None if dtype == torch.float32 else meta(PARAMETERS, dtype=dtype)
+        scale = meta() if dtype == torch.float16 else None
+        grad, settings = meta(PARAMETERS, dtype=dtype), (0.9, 0.999, 1e-8, 0.01, scale)
         step = partial(adamw_triton.clipped_adamw, param, grad, m, v, meta(), meta(), meta(), meta(), low, *settings)
         moved = 6 * 4 + grad.itemsize + (low.itemsize if low is not None else 0)
         sizes = {"partial_squares": (grad.itemsize, grad.itemsize), "update": (moved, moved)}

@@ -19,6 +19,7 @@ from fastpoem_kernels import adamw
 
 BETA1, BETA2, EPS, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01
 FP32_TOLERANCE = 1e-6
+SCALE = 65536.0  # of a float16 gradient
 
 
 @dataclass
@@ -38,10 +39,15 @@ class Record:
 
 
 def check(
-    device: torch.device | str = "cuda", rows: int = 1030, vocabulary: int = 21128, parameters: int = 20_000_000
+    device: torch.device | str = "cuda",
+    rows: int = 1030,
+    vocabulary: int = 21128,
+    parameters: int = 20_000_000,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16),
 ) -> list[Record]:
-    """One record a kernel and dtype. On a CPU the CPU forms are checked, on CUDA the Triton kernels; takes some seconds."""
-    device, dtypes = torch.device(device), (torch.float32, torch.bfloat16)
+    """One record a kernel and dtype. On a CPU the CPU forms are checked, on CUDA the Triton kernels; takes some seconds. float16 is
+    checked as it is used, with a scale."""
+    device = torch.device(device)
     return [
         *(_guarded(_check_loss, device, dtype, True, rows, vocabulary) for dtype in dtypes),
         *(_guarded(_check_loss, device, dtype, False, rows, vocabulary) for dtype in dtypes),
@@ -87,15 +93,19 @@ def hard_batch(
 
 def _check_loss(device: torch.device, dtype: torch.dtype, overwrite: bool, rows: int, vocabulary: int) -> Record:
     logits, target = hard_batch(rows, vocabulary, dtype, device, seed=time.time_ns() % 2**31)
+    scale = torch.tensor(SCALE, device=device) if dtype == torch.float16 else None
     exact = logits.double().requires_grad_()
     expected = F.cross_entropy(exact, target)
-    (gradient,) = torch.autograd.grad(expected, exact)
+    (gradient,) = torch.autograd.grad(expected if scale is None else SCALE * expected, exact)
     counted = (target != -100) & (target != 0)
     correct = ((logits.argmax(1) == target) & counted).sum()
 
-    run = torch.ops.fastpoem.cross_entropy_overwrite if overwrite else torch.ops.fastpoem.cross_entropy_evaluate
+    if overwrite:
+        run = lambda logits: torch.ops.fastpoem.cross_entropy_overwrite(logits, target, -100, 0, scale)
+    else:
+        run = lambda logits: torch.ops.fastpoem.cross_entropy_evaluate(logits, target, -100, 0)
     mine, one = logits.clone(), torch.ones((), device=device)
-    out = run(mine, target, -100, 0)
+    out = run(mine)
     counts_ok = all(
         int(a) == int(b) for a, b in zip(out[1:], (correct, (target != -100).sum(), counted.sum()), strict=True)
     )
@@ -104,7 +114,8 @@ def _check_loss(device: torch.device, dtype: torch.dtype, overwrite: bool, rows:
     errors = [(_relative(out[0], expected), FP32_TOLERANCE)]
     if overwrite:
         plain = logits.clone().requires_grad_()
-        (rounded,) = torch.autograd.grad(F.cross_entropy(plain.float(), target), plain)
+        factor = 1.0 if scale is None else SCALE
+        (rounded,) = torch.autograd.grad(factor * F.cross_entropy(plain.float(), target), plain)
         allowed = FP32_TOLERANCE if dtype == torch.float32 else 2 * _relative(rounded, gradient)
         errors.append((_relative(mine, gradient), allowed))
     else:
@@ -112,7 +123,7 @@ def _check_loss(device: torch.device, dtype: torch.dtype, overwrite: bool, rows:
     del exact, gradient
 
     def ours() -> None:
-        run(mine, target, -100, 0)
+        run(mine)
         if overwrite:
             torch.ops.fastpoem.scale_unless_one(mine, one)
 
@@ -136,15 +147,17 @@ def _check_adamw(device: torch.device, grad_dtype: torch.dtype, parameters: int)
     param = torch.randn(parameters, device=device) * 0.02
     m, v, step = torch.zeros_like(param), torch.zeros_like(param), torch.zeros((), device=device)
     lr, limit = torch.tensor(1e-3, device=device), torch.tensor(1.0, device=device)
-    low = torch.empty(parameters, dtype=torch.bfloat16, device=device) if grad_dtype == torch.bfloat16 else None
-    kinds: dict[str, Any] = dict(step=step, lr=lr, max_norm=limit, low_precision=low)
+    low = None if grad_dtype == torch.float32 else torch.empty(parameters, dtype=grad_dtype, device=device)
+    # a gradient of 10 would overflow float16 at SCALE
+    scale = torch.tensor(SCALE / 128, device=device) if grad_dtype == torch.float16 else None
+    kinds: dict[str, Any] = dict(step=step, lr=lr, max_norm=limit, low_precision=low, grad_scale=scale)
     exact = torch.nn.Parameter(param.double())
     settings: dict[str, Any] = dict(lr=lr.item(), betas=(BETA1, BETA2), eps=EPS, weight_decay=WEIGHT_DECAY)
     reference = torch.optim.AdamW([exact], **settings)
     start, errors, sound = param.double(), [], True
-    for scale in (1e-6, 1.0, 10.0):  # below the limit and above it
-        grad = (scale * torch.randn(parameters, device=device)).to(grad_dtype)
-        exact.grad = grad.double()
+    for size in (1e-6, 1.0, 10.0):  # below the limit and above it
+        grad = (size * (1.0 if scale is None else scale) * torch.randn(parameters, device=device)).to(grad_dtype)
+        exact.grad = grad.double() if scale is None else grad.double() / scale
         expected = torch.nn.utils.clip_grad_norm_([exact], limit.item())
         reference.step()
         norm, skipped = adamw.clipped_adamw_(param, grad, m, v, **kinds)
@@ -159,7 +172,7 @@ def _check_adamw(device: torch.device, grad_dtype: torch.dtype, parameters: int)
     grad[parameters // 2] = float("nan")
     _, skipped = adamw.clipped_adamw_(param, grad, m, v, **kinds)
     sound &= bool(skipped) and all(bool((a == b).all()) for a, b in zip(before, (param, m, v, step), strict=True))
-    sound &= low is None or bool((low == param.bfloat16()).all())
+    sound &= low is None or bool((low == param.to(grad_dtype)).all())
     del reference, exact, state, start, before
 
     grad.zero_()

@@ -32,6 +32,7 @@ def cross_entropy(
     target: Tensor,  # (N,) int64
     ignore_index: int = -100,
     accuracy_ignore_index: int | None = None,
+    scale: Tensor | None = None,  # () float32
 ) -> CrossEntropy:
     """Mean cross-entropy of the rows whose target is not `ignore_index`, and how many of them the model gets right.
 
@@ -40,6 +41,8 @@ def cross_entropy(
 
     With gradients on, the logits hold their gradient afterwards, so read them before; a leaf, or a tensor that autograd does
     not let anyone overwrite, is copied first. Without gradients they are left alone. Arithmetic is float32 whatever the dtype.
+    `scale` multiplies the gradient, not the loss: float16 rounds a gradient of 1e-8 to zero, and 65,536 times it not. It is in there
+    when the gradient is formed, in float32; whoever uses the gradient divides by it.
     A target outside the vocabulary raises IndexError on the CPU; on CUDA, where asking would stop the device, the loss is NaN.
     """
     if logits.ndim != 2 or target.shape != logits.shape[:1]:
@@ -48,6 +51,8 @@ def cross_entropy(
         raise TypeError(
             f"float32, bfloat16 or float16 logits and int64 target expected, got {logits.dtype}, {target.dtype}"
         )
+    if scale is not None and (scale.shape != () or scale.dtype != torch.float32):
+        raise TypeError(f"a 0-D float32 scale expected, got {[*scale.shape]} {scale.dtype}")
     if logits.shape[1] == 0:
         raise ValueError("the vocabulary is empty")
     if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
@@ -56,7 +61,7 @@ def cross_entropy(
         return CrossEntropy(*_evaluate(logits, target, ignore_index, accuracy_ignore_index))
     if logits.is_leaf or _views_a_leaf(logits):
         logits = logits.clone()
-    return CrossEntropy(*_InPlace.apply(logits, target, ignore_index, accuracy_ignore_index))
+    return CrossEntropy(*_InPlace.apply(logits, target, ignore_index, accuracy_ignore_index, scale))
 
 
 def _views_a_leaf(logits: Tensor) -> bool:
@@ -66,8 +71,8 @@ def _views_a_leaf(logits: Tensor) -> bool:
 
 class _InPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, target, ignore_index, accuracy_ignore_index):
-        loss, *counts = _overwrite(logits, target, ignore_index, accuracy_ignore_index)
+    def forward(ctx, logits, target, ignore_index, accuracy_ignore_index, scale):
+        loss, *counts = _overwrite(logits, target, ignore_index, accuracy_ignore_index, scale)
         ctx.save_for_backward(logits.detach())
         ctx.mark_non_differentiable(*counts)
         ctx.set_materialize_grads(False)  # or autograd makes three zeros for the counts, each a launch
@@ -79,16 +84,16 @@ class _InPlace(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         # A graph that is kept will be asked again, and must find the gradient as the forward pass left it.
         if not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph():
-            return gradient * upstream, None, None, None
+            return gradient * upstream, None, None, None, None
         _scale(gradient, upstream)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 @operator("cross_entropy_overwrite", overwrites=("logits",))
 def _overwrite(
-    logits: Tensor, target: Tensor, ignore_index: int, accuracy_ignore_index: int | None
+    logits: Tensor, target: Tensor, ignore_index: int, accuracy_ignore_index: int | None, scale: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _run(logits, target, ignore_index, accuracy_ignore_index, True)
+    return _run(logits, target, ignore_index, accuracy_ignore_index, True, scale)
 
 
 @operator("cross_entropy_evaluate")
@@ -109,17 +114,17 @@ def _scale(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
 
 
-def _run(logits, target, ignore_index, accuracy_ignore_index, overwrite):
+def _run(logits, target, ignore_index, accuracy_ignore_index, overwrite, scale=None):
     if runs_triton(logits):
         from fastpoem_kernels import loss_triton
 
-        return loss_triton.cross_entropy(logits, target, ignore_index, accuracy_ignore_index, overwrite)
-    return loss_cpu.cross_entropy(logits, target, ignore_index, accuracy_ignore_index, overwrite)
+        return loss_triton.cross_entropy(logits, target, ignore_index, accuracy_ignore_index, overwrite, scale)
+    return loss_cpu.cross_entropy(logits, target, ignore_index, accuracy_ignore_index, overwrite, scale)
 
 
 @fake("cross_entropy_overwrite")
 @fake("cross_entropy_evaluate")
-def _(logits, target, ignore_index, accuracy_ignore_index):
+def _(logits, target, ignore_index, accuracy_ignore_index, scale=None):
     counts = [target.new_empty(()) for _ in range(3)]
     return logits.new_empty((), dtype=torch.float32), *counts
 

@@ -22,8 +22,9 @@ def cross_entropy(
     ignore_index: int,
     accuracy_ignore_index: int | None,
     overwrite: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, correct, valid, counted as 0-D tensors; with `overwrite` the logits end as the gradient of the loss."""
+    """Loss, correct, valid, counted as 0-D tensors; with `overwrite` the logits end as the gradient of the loss, times `scale`."""
     rows, vocabulary = logits.shape
     ignored = target == ignore_index  # (N,)
     index = target.masked_fill(ignored, 0)
@@ -31,6 +32,7 @@ def cross_entropy(
         raise IndexError(f"a target lies outside the vocabulary of {vocabulary}")
     valid = rows - ignored.sum()
     weight = valid.clamp(min=1).float().reciprocal()
+    share = weight if scale is None else weight * scale  # what the gradient is multiplied by
     if native.usable(logits):
         losses, hits = torch.empty(rows, dtype=torch.float64), torch.empty(rows, dtype=torch.bool)
         native.run(
@@ -42,11 +44,11 @@ def cross_entropy(
             rows,
             vocabulary,
             ignore_index,
-            weight,
+            share,
             overwrite,
         )
     else:
-        losses, hits = _in_pytorch(logits, index, weight, overwrite)
+        losses, hits = _in_pytorch(logits, index, share, overwrite)
         if overwrite:
             logits.index_fill_(0, ignored.nonzero().flatten(), 0)  # a fill, not a product: NaN times 0 is NaN
     loss = losses.masked_fill_(ignored, 0).sum(dtype=torch.float64) * weight.double()
@@ -54,7 +56,7 @@ def cross_entropy(
     return loss.float(), (hits & counts).sum(), valid, counts.sum()
 
 
-def _in_pytorch(logits: Tensor, index: Tensor, weight: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+def _in_pytorch(logits: Tensor, index: Tensor, share: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
     """Each row's loss (N,) float32, and whether its first largest logit is the one at `index` (N,) bool."""
     rows, vocabulary = logits.shape
     losses = torch.zeros(rows, dtype=torch.float32)
@@ -75,7 +77,7 @@ def _in_pytorch(logits: Tensor, index: Tensor, weight: Tensor, overwrite: bool) 
         # The largest probability is 1 / sum(exp(logit - largest)), never small: no logarithm of an underflowed target.
         losses[start : start + step] = (largest - logit - (work.amax(1, keepdim=True) / total).log()).flatten()
         if overwrite:
-            work.mul_(weight / total).scatter_add_(1, wanted, -weight.expand_as(wanted))
+            work.mul_(share / total).scatter_add_(1, wanted, -share.expand_as(wanted))
             if work is not part:
                 part.copy_(work)
     return losses, torch.tensor(hits, dtype=torch.bool)

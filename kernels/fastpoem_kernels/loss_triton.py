@@ -25,20 +25,25 @@ def cross_entropy(
     ignore_index: int,
     accuracy_ignore_index: int | None,
     overwrite: bool,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, correct, valid, counted as 0-D tensors; with `overwrite` the logits end as the gradient of the loss."""
+    """Loss, correct, valid, counted as 0-D tensors; with `overwrite` the logits end as the gradient of the loss, times `scale`."""
     rows, vocabulary = logits.shape
     uncounted = ignore_index if accuracy_ignore_index is None else accuracy_ignore_index
     loss, weight = (logits.new_empty((), dtype=torch.float32) for _ in range(2))
+    share = weight if scale is None else torch.empty_like(weight)  # what the gradient is multiplied by
     correct, valid, counted = (target.new_empty(()) for _ in range(3))
     losses = logits.new_empty(rows, dtype=torch.float32)
     hits = logits.new_empty(rows, dtype=torch.int32)
     with torch.cuda.device_of(logits):
-        count_targets[(1,)](target, valid, counted, weight, rows, ignore_index, uncounted, TARGETS, num_warps=4)
+        count_targets[(1,)](
+            target, valid, counted, weight, weight if scale is None else scale, share,
+            rows, ignore_index, uncounted, scale is not None, TARGETS, num_warps=4,
+        )  # fmt: skip
         if rows:
             kernel, block, warps = row_plan(vocabulary)
             kernel[(rows,)](
-                logits, target, weight, losses, hits,
+                logits, target, share, losses, hits,
                 logits.stride(0), vocabulary, block, ignore_index, uncounted, overwrite, num_warps=warps,
             )  # fmt: skip
         add_rows[(1,)](losses, hits, weight, loss, correct, rows, TARGETS, num_warps=4)
@@ -65,8 +70,9 @@ def row_plan(vocabulary: int):
 
 @triton.jit(do_not_specialize=["N"])
 def count_targets(
-    target, valid, counted, weight, N, IGNORE: tl.constexpr, UNCOUNTED: tl.constexpr, BLOCK: tl.constexpr
-):
+    target, valid, counted, weight, scale, share, N,
+    IGNORE: tl.constexpr, UNCOUNTED: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     valid_sum = tl.zeros([BLOCK], tl.int64)
     counted_sum = tl.zeros([BLOCK], tl.int64)
     for start in range(0, N, BLOCK):
@@ -77,7 +83,10 @@ def count_targets(
     total = tl.sum(valid_sum, 0)
     tl.store(valid, total)
     tl.store(counted, tl.sum(counted_sum, 0))
-    tl.store(weight, 1.0 / tl.maximum(total, 1).to(tl.float32))
+    each = 1.0 / tl.maximum(total, 1).to(tl.float32)
+    tl.store(weight, each)
+    if HAS_SCALE:
+        tl.store(share, each * tl.load(scale))
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -94,7 +103,7 @@ def add_rows(losses, hits, weight, loss, correct, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def whole_row(
-    logits, target, weight, losses, hits,
+    logits, target, share, losses, hits,
     STRIDE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     IGNORE: tl.constexpr, UNCOUNTED: tl.constexpr, OVERWRITE: tl.constexpr,
 ):  # fmt: skip
@@ -110,16 +119,16 @@ def whole_row(
     total = tl.sum(tl.exp(x.to(tl.float32) - largest), 0)
     _write_row(row, wanted, inside, at_target, largest, first, total, losses, hits, IGNORE, UNCOUNTED)
     if OVERWRITE:
-        share = _share(wanted, inside, weight, IGNORE)
+        by = _share(wanted, inside, share)
         tl.debug_barrier()  # every warp has read the target's logit before one of them replaces it
         p = tl.exp(x.to(tl.float32) - largest) / total
-        gradient = tl.where(wanted == IGNORE, 0.0, (p - tl.where(columns == wanted, 1.0, 0.0)) * share)
+        gradient = tl.where(wanted == IGNORE, 0.0, (p - tl.where(columns == wanted, 1.0, 0.0)) * by)
         tl.store(logits + columns, gradient.to(x.dtype), mask=columns < V)
 
 
 @triton.jit
 def looped_row(
-    logits, target, weight, losses, hits,
+    logits, target, share, losses, hits,
     STRIDE: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     IGNORE: tl.constexpr, UNCOUNTED: tl.constexpr, OVERWRITE: tl.constexpr,
 ):  # fmt: skip
@@ -143,13 +152,13 @@ def looped_row(
         largest = larger
     _write_row(row, wanted, inside, at_target, largest, first, total, losses, hits, IGNORE, UNCOUNTED)
     if OVERWRITE:
-        share = _share(wanted, inside, weight, IGNORE)
+        by = _share(wanted, inside, share)
         tl.debug_barrier()  # every warp has read the target's logit before one of them replaces it
         for start in range(0, V, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = tl.load(logits + columns, mask=columns < V, other=-float("inf"))
             p = tl.exp(x.to(tl.float32) - largest) / total
-            gradient = tl.where(wanted == IGNORE, 0.0, (p - tl.where(columns == wanted, 1.0, 0.0)) * share)
+            gradient = tl.where(wanted == IGNORE, 0.0, (p - tl.where(columns == wanted, 1.0, 0.0)) * by)
             tl.store(logits + columns, gradient.to(x.dtype), mask=columns < V)
 
 
@@ -164,9 +173,9 @@ def _write_row(
 
 
 @triton.jit
-def _share(wanted, inside, weight, IGNORE: tl.constexpr):
-    """1 / valid, or NaN for a target outside the vocabulary, so that no optimizer takes the step."""
-    return tl.where(inside, tl.load(weight), float("nan"))
+def _share(wanted, inside, share):
+    """1 / valid (times the scale), or NaN for a target outside the vocabulary, so that no optimizer takes the step."""
+    return tl.where(inside, tl.load(share), float("nan"))
 
 
 @triton.jit
