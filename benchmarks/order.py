@@ -32,7 +32,7 @@ from benchmarks.race import spread
 from benchmarks.time_to_quality import Stopwatch
 from fastpoem.config import from_kwargs
 from fastpoem.corpus.feed import Feed, validation_steps
-from fastpoem.corpus.store import TokenStore, prepare_store
+from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import evaluate
 from fastpoem.model import hub
@@ -52,9 +52,9 @@ class Text(NamedTuple):
     copies: int = 1
 
 
-TEXTS = {"lyrics": Text(1600, 4, 400), "poems": Text(6000, 1, 400), "copies": Text(160, 4, 0, copies=10)}
+TEXTS = {"lyrics": Text(800, 4, 300), "poems": Text(3200, 1, 300), "copies": Text(80, 6, 0, copies=10)}
 LYRICS = slice(48_000, 56_000)  # of the shared corpus: 434 lengths, the four commonest a quarter of the poems
-BEFORE = 16_000  # poems that "trained" was trained on
+BEFORE = 8_000  # poems that "trained" was trained on
 ORDERS: dict[str, dict[str, Any]] = {
     "32 buckets": dict(batching="bucket", buckets=32),
     "8 buckets": dict(batching="bucket", buckets=8),
@@ -135,10 +135,18 @@ def table(runs: dict[str, dict[str, float]]) -> str:
     for text, start, rate in dict.fromkeys(tuple(key.split("/")[:3]) for key in sorted(runs)):
         cells = []
         for order in ORDERS:
-            found = {key.split("/")[4]: run["loss"] for key, run in runs.items() if key.startswith(f"{text}/{start}/{rate}/{order}/")}
+            found = {
+                key.split("/")[4]: run["loss"]
+                for key, run in runs.items()
+                if key.startswith(f"{text}/{start}/{rate}/{order}/")
+            }
             packed = {seed: runs.get(f"{text}/{start}/{rate}/pack/{seed}", {}).get("loss") for seed in found}
             apart = [loss - packed[seed] for seed, loss in found.items() if packed[seed] is not None]
-            cell = f"{statistics.mean(found.values()):.3f} ({min(found.values()):.3f} to {max(found.values()):.3f})" if found else ""
+            cell = (
+                f"{statistics.mean(found.values()):.3f} ({min(found.values()):.3f} to {max(found.values()):.3f})"
+                if found
+                else ""
+            )
             cells.append(cell + (f", {statistics.mean(apart):+.3f}" if apart and order != "pack" else ""))
         lines.append(f"| {text} | {start} | {rate} | {' | '.join(cells)} |")
     lines += ["", "| text | order | CPU s |", "| --- | --- | --- |"]

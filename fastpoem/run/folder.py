@@ -21,6 +21,7 @@ import torch
 import fastpoem
 from fastpoem import disk
 from fastpoem.config import TrainConfig
+from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
 from fastpoem.errors import Ended, InputError
 from fastpoem.model import hub
@@ -174,10 +175,15 @@ def refused_by_the_disk(out: Path) -> Iterator[None]:
         raise InputError(error.filename or out, f"cannot be written ({error.strerror or error})", mend) from None
 
 
-def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: torch.dtype) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: torch.dtype, order: Order
+) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     free = FREE_ON_RESUME | IN_THE_STORE
     source, counts = store.manifest["source"], store.manifest["counts"]
+    groups = {}
+    if isinstance(order, BucketOrder) and len(order.ends) < len(store.buckets):
+        groups["groups of buckets"] = len(order.ends)
     config = dataclasses.replace(config, precision="bf16" if dtype == torch.bfloat16 else "fp32")  # what auto came to
     return {
         "store": {
@@ -189,7 +195,7 @@ def identity(config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: t
         },
         "tokenizer": store.fingerprint,
         "shape": dataclasses.asdict(shape),
-        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in free},
+        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in free} | groups,
     }
 
 

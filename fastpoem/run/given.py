@@ -1,4 +1,4 @@
-"""What the user gave, opened and found to fit together: text, model folder, tokenizer, token store, and the order of training.
+"""What the user gave, opened and found to fit together: text, model folder, tokenizer, token store; and the order of training.
 
 Nothing here makes or changes the run's folder: what is wrong is said before there is one.
 """
@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastpoem.config import HUB_MODEL, TrainConfig
-from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
+from fastpoem.corpus.buckets import MANY, different, merged
+from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows, whole_steps
 from fastpoem.corpus.read import source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
@@ -34,7 +35,6 @@ class Given(NamedTuple):
     tokenizer: PoemTokenizer
     store: TokenStore
     held: np.ndarray  # rows held out for validation, sorted int64
-    order: Order
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
 
 
@@ -66,11 +66,11 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         voice.say(line)
     held = held_out_rows(store.rows, config.val_poems, config.seed)
     try:
-        order = _order(config, store, held)
+        whole_steps(store.rows - len(held), config.batch_size)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
-    return Given(model_folder, shape, raw_config, tokenizer, store, held, order, ids)
+    return Given(model_folder, shape, raw_config, tokenizer, store, held, ids)
 
 
 def _lost(store: TokenStore) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _open_store(
         tokenizer,
         cache_dir=cache,
         max_length=config.max_length or min(512, longest),
-        buckets=config.buckets,
+        buckets=config.buckets or 32,
         convert=None if config.convert == "none" else config.convert,
     )
     voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
@@ -134,12 +134,19 @@ def _ids(config: TrainConfig, store: TokenStore, tokenizer: PoemTokenizer, vocab
     return ids
 
 
-def _order(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
+def order_of(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
+    """The order of training under `config`, whose batching is not auto any more. held: rows that are not trained on, sorted int64."""
     lengths = [bucket.length for bucket in store.buckets]
     if config.batching == "bucket" and config.shuffle:
         where, index = store.locate(held)
         held_by_bucket = [np.sort(index[where == bucket]) for bucket in range(len(lengths))]
         rows = [bucket.rows for bucket in store.buckets]
-        return BucketOrder(lengths, rows, held_by_bucket, config.batch_size, config.seed)
+        ends = None
+        if config.buckets is None:
+            enough = MANY * config.batch_size * len(rows)
+            ends = merged(
+                lengths, rows, [different(bucket.tokens, enough) for bucket in store.buckets], config.batch_size
+            )
+        return BucketOrder(lengths, rows, held_by_bucket, config.batch_size, config.seed, ends)
     seed = config.seed if config.shuffle else None
     return TextOrder(lengths, store.rows, store.locate, held, config.batch_size, seed)
