@@ -77,11 +77,11 @@ class TrainConfig:
     """Poems a step."""
     max_length: int | None = None
     """Tokens of a poem, [CLS] and [SEP] included; what is longer is cut. None: 512, or the model's positions if they are fewer."""
-    batching: Literal["bucket", "pack", "pad"] = "bucket"
-    """bucket: poems of like length, padded to the bucket's edge. pack: no padding, variable-length attention. pad: random poems, padded
-    to their longest."""
-    buckets: int = 32
-    """Length buckets of the token store."""
+    batching: Literal["auto", "bucket", "pack", "pad"] = "auto"
+    """pack: random poems without padding. bucket: poems of like length, padded to the longest. pad: random poems, padded to the longest.
+    auto: pack where attention inside packed batches is fast, on a CPU in fp32 with gcc and on a GPU with the flash kernel; else bucket."""
+    buckets: int | None = None
+    """Length buckets of the token store, and of --batching bucket. None: 32, and fewer to a batch's poems where the text is small."""
     shuffle: bool = True
     """--no-shuffle takes the poems in the order of the text."""
     convert: Literal["none", "t2s", "s2t"] = "none"

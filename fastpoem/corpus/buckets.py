@@ -11,7 +11,7 @@ whose slopes fall as i grows while the queries e_j rise: a monotone convex hull 
 which matters when lengths reach tens of thousands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -68,6 +68,38 @@ def padded_positions(histogram: np.ndarray, edges: Sequence[int]) -> int:
     counts = np.asarray(histogram)
     lengths = np.flatnonzero(counts)
     return int((np.asarray(edges, dtype=np.int64)[np.searchsorted(edges, lengths)] * counts[lengths]).sum())
+
+
+MANY = 8  # batches of different poems that a group of buckets holds at the least
+
+
+def different(rows: Iterable[np.ndarray], most: int) -> int:
+    """How many of the rows differ from one another, counted up to `most`."""
+    seen: set[bytes] = set()
+    for row in rows:
+        seen.add(row.tobytes())
+        if len(seen) >= most:
+            break
+    return len(seen)
+
+
+def merged(edges: Sequence[int], rows: Sequence[int], different: Sequence[int], batch: int) -> tuple[int, ...]:
+    """Where groups of adjacent buckets end that are batched as one, ascending to the number of buckets. `edges`, `rows`, `different`
+    (buckets,): the length of each, its poems, and how many of them differ.
+
+    In a small text a bucket of its own is the same few poems together in every epoch, and in one that repeats its lines a batch of copies.
+    So there is a group to every `MANY` batches of different poems, with the least padding that so many groups can have, and none has fewer
+    than a batch of them.
+    """
+    histogram: np.ndarray = np.zeros(edges[-1] + 1, np.int64)
+    histogram[[*edges]] = rows
+    ends, begin = list[int](), 0
+    for edge in choose_buckets(histogram, max(1, sum(different) // (MANY * batch))):
+        end = edges.index(edge) + 1
+        if sum(different[begin:end]) >= batch:
+            ends.append(end)
+            begin = end
+    return (*ends[:-1], len(edges))
 
 
 def _at(line: tuple[int, int, int], x: int) -> int:

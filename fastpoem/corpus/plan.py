@@ -1,11 +1,14 @@
 """The order of training: which poems make batch `step` of epoch `epoch`, as a pure function of (seed, epoch, step).
 
 Nothing is drawn, stored or replayed: a keyed permutation answers "what stands at position i" on its own, so any step of any epoch can
-be asked for directly, in memory that does not depend on the corpus. In bucket order
+be asked for directly, in memory that does not depend on the corpus. Random batches (`TextOrder`) are a permutation of the text. In bucket order
 
 * each bucket's rows are permuted and cut into batches; the fewer-than-a-batch left over join the next longer bucket's pool, so an epoch
   has exactly floor(poems / batch) steps and leaves out at most batch - 1 poems;
 * the batches of all buckets are permuted together, which removes the saw-tooth of lengths that sorting brings.
+
+Batches of one length teach a little less than random ones (docs/log.md), the less the smaller the text: buckets of few different poems are
+taken together (`fastpoem.corpus.buckets.merged`).
 
 The permutation is a generalised Feistel network over Z_a x Z_b with a * b just above n, and cycle walking back into range (Black and
 Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
@@ -108,36 +111,47 @@ def whole_steps(poems: int, batch: int) -> int:
 
 
 class BucketOrder:
-    """Batches of poems of like length: the default.
+    """Batches of poems of like length.
 
-    lengths, rows: (buckets,) ascending edges and rows of each. held_out: for each bucket, its sorted rows that are not trained on.
+    lengths, rows: (buckets,) ascending edges and rows of each. held_out: for each bucket, its sorted rows that are not trained on. ends: where
+    in them each group of buckets that is batched as one ends, ascending to their number; None: each bucket by itself.
     """
 
     def __init__(
-        self, lengths: Sequence[int], rows: Sequence[int], held_out: Sequence[np.ndarray], batch: int, seed: int
+        self,
+        lengths: Sequence[int],
+        rows: Sequence[int],
+        held_out: Sequence[np.ndarray],
+        batch: int,
+        seed: int,
+        ends: Sequence[int] | None = None,
     ) -> None:
-        self.lengths, self.held_out, self.batch, self.seed = lengths, held_out, batch, seed
-        self.rows = [n - len(held) for n, held in zip(rows, held_out, strict=True)]
+        self.held_out, self.batch, self.seed = held_out, batch, seed
         self._gaps = [held - np.arange(len(held)) for held in held_out]
+        self.ends = [*range(1, len(rows) + 1)] if ends is None else [*ends]
+        self.lengths = [lengths[end - 1] for end in self.ends]  # of each group
+        trained = [n - len(held) for n, held in zip(rows, held_out, strict=True)]
+        self._first: np.ndarray = np.cumsum([0, *trained])  # row of each bucket, all of them in one line
+        self.rows = np.diff(self._first[[0, *self.ends]]).tolist()  # of each group
         self.steps = whole_steps(sum(self.rows), batch)
         self._epoch = -1
 
     def _start(self, epoch: int) -> None:
-        """Resolve which rows each bucket hands on to the next: O(buckets * batch)."""
-        buckets, batch = len(self.rows), self.batch
-        self._keys = [key_of(self.seed, epoch, bucket) for bucket in range(buckets + 1)]  # the last orders the batches
-        self._carried: list[tuple[np.ndarray, np.ndarray]] = []  # into each bucket's pool: (bucket, row)
+        """Resolve which rows each group hands on to the next: O(groups * batch)."""
+        groups, batch = len(self.rows), self.batch
+        self._keys = [key_of(self.seed, epoch, group) for group in range(groups + 1)]  # the last orders the batches
+        self._carried: list[np.ndarray] = []  # into each group's pool: rows in the one line
         self._first_step = [0]
-        carry = (np.empty(0, np.int64), np.empty(0, np.int64))
-        for bucket, rows in enumerate(self.rows):
+        carry = np.empty(0, np.int64)
+        for group, rows in enumerate(self.rows):
             self._carried.append(carry)
-            pool = rows + len(carry[0])
+            pool = rows + len(carry)
             self._first_step.append(self._first_step[-1] + pool // batch)
-            carry = self._pool(bucket, np.arange(pool - pool % batch, pool))
+            carry = self._pool(group, np.arange(pool - pool % batch, pool))
         self._epoch = epoch
 
     def lengths_used(self) -> list[int]:
-        """The bucket edges that have batches of their own, the same in every epoch."""
+        """The edges of groups that have batches of their own, the same in every epoch."""
         self._start(0)
         return [
             length
@@ -145,16 +159,14 @@ class BucketOrder:
             if next_ > one
         ]
 
-    def _pool(self, bucket: int, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(bucket, row) at `positions` of a bucket's permuted pool, which is its own rows and then those carried into it."""
-        own, (carried_bucket, carried_row) = self.rows[bucket], self._carried[bucket]
+    def _pool(self, group: int, positions: np.ndarray) -> np.ndarray:
+        """Rows in the one line at `positions` of a group's permuted pool, which is its own rows and then those carried into it."""
         if not positions.size:
-            return positions, positions
-        at = permute(own + len(carried_bucket), self._keys[bucket], positions)
-        if not len(carried_bucket):
-            return np.full_like(at, bucket), at
-        beyond = np.clip(at - own, 0, None)
-        return np.where(at < own, bucket, carried_bucket[beyond]), np.where(at < own, at, carried_row[beyond])
+            return positions
+        own, carried = self.rows[group], self._carried[group]
+        at = permute(own + len(carried), self._keys[group], positions)
+        first = self._first[self.ends[group - 1]] if group else 0
+        return np.where(at < own, first + at, np.append(carried, 0)[np.clip(at - own, 0, None)])
 
     def __call__(self, epoch: int, step: int) -> Step:
         if epoch != self._epoch:
@@ -162,14 +174,16 @@ class BucketOrder:
         number = int(permute(self.steps, self._keys[-1], np.array([step]))[0])
         pool = int(np.searchsorted(self._first_step, number, side="right")) - 1
         start = (number - self._first_step[pool]) * self.batch
-        bucket, row = self._pool(pool, np.arange(start, start + self.batch))
+        line = self._pool(pool, np.arange(start, start + self.batch))
+        bucket = np.searchsorted(self._first, line, side="right") - 1
+        row = line - self._first[bucket]
         for one in set(bucket.tolist()):
             row[bucket == one] = past(self._gaps[one], row[bucket == one])
         return Step(self.lengths[pool], bucket, row)
 
 
 class TextOrder:
-    """Batches of poems whatever their length: a permutation of the whole text, or with seed None the text as it stands.
+    """Batches of poems whatever their length, the default: a permutation of the whole text, or with seed None the text as it stands.
 
     locate: rows of the text (B,) -> (bucket, row in it), both (B,) int64; a store's.
     """
@@ -188,8 +202,12 @@ class TextOrder:
         self.steps = whole_steps(self.poems, batch)
 
     def __call__(self, epoch: int, step: int) -> Step:
-        position = np.arange(step * self.batch, (step + 1) * self.batch)
+        bucket, row = self.poems_of(epoch, step, step + 1)
+        return Step(self.lengths[int(bucket.max())], bucket, row)
+
+    def poems_of(self, epoch: int, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """(bucket, row in it) of the poems of the steps from `first` to before `last`, both ((last - first) * B,) int64."""
+        position = np.arange(first * self.batch, last * self.batch)
         if self.seed is not None:
             position = permute(self.poems, key_of(self.seed, epoch), position)
-        bucket, row = self.locate(past(self._gaps, position))
-        return Step(self.lengths[int(bucket.max())], bucket, row)
+        return self.locate(past(self._gaps, position))

@@ -26,7 +26,7 @@ from fastpoem_kernels import check as kernel_check
 from fastpoem_kernels.check import Record
 from torch import Tensor
 
-from fastpoem.corpus.feed import SLOT, SLOT_LONGEST, Rows, Shape
+from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.engine.check_attention import attention, farthest, worst
 from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
 from fastpoem.engine.graphs import Graphs
@@ -111,7 +111,8 @@ def batches(packed: bool, shape: GPT2Config = SMALL, count: int = STEPS) -> list
     """Poems of every length in batches of three sizes, random ids."""
     draw, made = torch.Generator().manual_seed(5), []
     for number in range(count):
-        longest = (67, 33, 51)[number % 3]  # 66, 32 and 50 inputs: divisible by 8, and not
+        # 66, 32 and 50 inputs: divisible by 8, and not; packed ones are rounded to two lengths
+        longest = (67, 33, 131 if packed else 51)[number % 3]
         lengths = torch.randint(2, longest + 1, (POEMS,), generator=draw)
         lengths[number % POEMS] = longest
         ids = torch.randint(1, shape.vocab_size, (POEMS * longest,), generator=draw).short()
@@ -119,7 +120,7 @@ def batches(packed: bool, shape: GPT2Config = SMALL, count: int = STEPS) -> list
         tokens = int(lengths.sum()) - POEMS
         size = Shape(POEMS, longest)
         if packed:  # as the feed rounds them
-            size = Shape(POEMS, (SLOT_LONGEST if longest <= 65 else 2 * SLOT_LONGEST) + 1, -(-tokens // SLOT) * SLOT)
+            size = Shape(POEMS, longest, tokens).rounded()
         made.append(Rows(ids, where, size, tokens))
     return made
 
@@ -140,7 +141,7 @@ def make_step(
     settings: dict[str, Any] = dict(weight_decay=0.01, max_norm=max_norm, kernels=kernels)
     optimizer = FlatAdamW(model.to(device).train(), device, dtype, **settings)
     _begin_scale(optimizer)
-    source = torch.zeros(POEMS * 67, dtype=torch.int16, device=device)
+    source = torch.zeros(POEMS * 131, dtype=torch.int16, device=device)
     return TrainStep(Pieces(model), optimizer, source, poems=POEMS, pad_id=0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,14 @@ from fastpoem_kernels.check import Record
 
 from fastpoem.config import TrainConfig
 from fastpoem.engine import checks, machine, trial, trust
+from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.precision import choose_dtype, has_bf16
 from fastpoem.model.flash import why_not_flash
 from fastpoem.signals import ask
 
+HEAD_WIDTH = checks.REAL.n_embd // checks.REAL.n_head
 PIECES = ("kernels", "attention", "compiled", "replay")
 
 
@@ -30,20 +32,23 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         keep_freed_memory()
     dtype, why = choose_dtype("auto", device, checks.REAL, 1030)
     compiler = why_not_compile(device)
+    packs = choose_batching(TrainConfig(), device, dtype, HEAD_WIDTH)[0] == "pack"
     # First, while this process holds nothing on the card.
-    names, skipped = _checks(device, dtype, compiler, quick)
+    names, skipped = _checks(device, dtype, compiler, quick, packs)
     found: dict[str, list[Record]] = {}
     if gpu and os.environ.get("FASTPOEM_ASSUME_CHECKED") == "1":
         skipped += [{"name": name, "reason": "FASTPOEM_ASSUME_CHECKED=1"} for name in names]
     else:
         say(f"checking {', '.join(dict.fromkeys(name.split()[0] for name in names))}")
-        # on a CPU nothing that fails can spoil the process
-        here = ((name, checks.run(name, device)) for name in names)
-        for name, records in trust.in_a_process(device, names) if gpu else here:
-            ask()
-            found[name] = records
-            for record in records:
-                say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
+        while names:
+            # on a CPU nothing that fails can spoil the process
+            here = ((name, checks.run(name, device)) for name in names)
+            for name, records in trust.in_a_process(device, names) if gpu else here:
+                ask()
+                found[name] = records
+                for record in records:
+                    say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
+            names = _beside(device, dtype, compiler, found) if packs else []
         if gpu:
             trust.remember(trust.card(device), found)
     records = [record for some in found.values() for record in some]
@@ -62,7 +67,9 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
 
     lines: list[str] = []
     failed = {name: trust.failures(some) for name, some in found.items()}
-    trusted = trust.decide(TrainConfig(device=str(device)), device, dtype, checks.REAL.vocab_size, lines.append, failed)
+    config = TrainConfig(device=str(device), batching="auto" if packs else "bucket")
+    trusted = trust.decide(config, device, dtype, checks.REAL.vocab_size, lines.append, failed)
+    packs = packs and trusted.varlen
     flash = why_not_flash(device, dtype)
     uses = {
         "precision": str(dtype)[6:],
@@ -70,6 +77,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         "loss": _whose(trusted.kernels.cross_entropy),
         "optimizer": _whose(trusted.kernels.clipped_adamw_),
         "attention": ("flash" if flash is None else "scaled_dot_product_attention") if trusted.sdpa else "plain",
+        "batching": "pack" if packs else "bucket",
         "compile": gpu and compiler is None and trusted.compile,
         "graphs": gpu and trusted.graphs,
         "why": lines,
@@ -87,7 +95,9 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         if (compiles and not trusted.compile) or (graphs and not trusted.graphs):
             trials.append(trial.Trial(form, note="failed its check"))
             continue
-        options: dict[str, Any] = dict(compiles=compiles, graphs=graphs, kernels=trusted.kernels, lengths=lengths)
+        options: dict[str, Any] = dict(
+            compiles=compiles, graphs=graphs, packed=packs, kernels=trusted.kernels, lengths=lengths
+        )
         rounds = 5 if gpu else 1
         trials.append(_tried(partial(trial.train, device, dtype, rounds=rounds, **options), form))
         say(f"  {form}: {_milliseconds(trials[-1].step_ms)}")
@@ -122,15 +132,16 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
 
 
 def _checks(
-    device: torch.device, dtype: torch.dtype, compiler: str | None, quick: bool
+    device: torch.device, dtype: torch.dtype, compiler: str | None, quick: bool, packs: bool
 ) -> tuple[list[str], list[dict[str, str]]]:
-    """(the checks for this device, those left out and why). What is compiled takes most of the time: only what a run without flags uses."""
+    """(the checks for this device, those left out and why). What is compiled takes most of the time: only what a run without flags uses,
+    which has packed batches or not."""
     gpu, kind = device.type == "cuda", str(dtype)[6:]
     names, rest = list[str](), list[str]()
     compiles = gpu and compiler is None
     for one, packed in dict.fromkeys([(dtype, False), (dtype, True), (torch.float32, False)]):
         uses: dict[str, Any] = dict(vocabulary=checks.REAL.vocab_size, packed=packed, graphs=True)
-        usual = (one, packed) == (dtype, False)
+        usual = (one, packed) == (dtype, packs)
         names += checks.wanted(one, compiles=compiles and usual, **uses)
         rest += checks.wanted(one, compiles=compiles, **uses)
     names = sorted(dict.fromkeys(names), key=lambda name: PIECES.index(name.split()[0]))
@@ -140,10 +151,24 @@ def _checks(
         return names, [{"name": "compiled", "reason": compiler}]
     left = [name for name in dict.fromkeys(rest) if name not in names]
     skipped = [{"name": name, "reason": "checked when a run first uses it"} for name in left]
+    kind += " packed" if packs else ""
     full = [f"compiled {kind} full", f"replay {kind} full compiled"]
     if quick:
         return names, [*skipped, *({"name": name, "reason": "--quick"} for name in full)]
     return names + full, skipped
+
+
+def _beside(
+    device: torch.device, dtype: torch.dtype, compiler: str | None, found: Mapping[str, Sequence[Record]]
+) -> list[str]:
+    """The checks, not among those `found`, of the batches that are taken on a GPU where attention inside packed ones failed."""
+    if device.type != "cuda" or all(record.ok for record in found.get(f"attention {str(dtype)[6:]} packed", ())):
+        return []
+    bucketed = checks.wanted(
+        dtype, vocabulary=checks.REAL.vocab_size, packed=False, compiles=compiler is None, graphs=True
+    )
+    known = {name: trust.failures(records) for name, records in found.items()}
+    return [name for name in checks.with_kernels(bucketed, known) if name not in found]
 
 
 def _tried(run: Callable[[], Any], form: str) -> Any:
@@ -175,12 +200,13 @@ def _sentence(
     if device.type == "cuda":
         own = [name for name in ("loss", "optimizer") if uses[name] == "plain"]
         parts.append("fastpoem's kernels" + (f" but PyTorch's own {' and '.join(own)}" if own else ""))
-        parts.append(f"{uses['attention']} attention")
+        parts.append(f"{uses['attention']} attention, {'packed' if uses['batching'] == 'pack' else 'bucketed'} batches")
         parts.append("torch.compile" if uses["compile"] else f"no torch.compile ({compiler or 'it failed its check'})")
         parts.append("CUDA graphs" if uses["graphs"] else "no CUDA graphs (they failed their check)")
     else:
         reason = native.why_not()
         parts.append("fastpoem's C between the products" if reason is None else f"PyTorch's operators ({reason})")
+        parts.append("packed batches" if uses["batching"] == "pack" else "bucketed batches")
     named = ", ".join(broken) if len(broken) <= 3 else f"{len(broken)} of {count} checks"
     verdict = f"{named} failed" if broken else f"all {count} checks passed" if count else "nothing was checked"
     epoch = f"; an epoch of 217,561 poems would take {duration(mine.epoch_s)}" if mine.epoch_s else ""

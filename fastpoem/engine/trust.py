@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -60,13 +61,22 @@ def decide(
     failed: Mapping[str, Failures] | None = None,
 ) -> Trusted:
     """failed: what is known of each check (None: it is looked up, and what was never checked is checked now). Raises InputError for a
-    piece that `config` insists on and that failed."""
+    piece that `config` insists on and that failed.
+
+    --batching auto: batches are to be packed, and where attention inside them failed, it is decided for batches that are not (`varlen` tells).
+    """
     if device.type == "cpu":
         return Trusted()
-    kind, packed = str(dtype)[6:], config.batching == "pack"
+    kind, packed = str(dtype)[6:], config.batching in ("auto", "pack")
     compiles = config.compile != "off" and why_not_compile(device) is None
     names = checks.wanted(dtype, vocabulary=vocabulary, packed=packed, compiles=compiles, graphs=config.graphs != "off")
-    failed = look_up(device, names, say) if failed is None else failed
+    known, failed = failed, look_up(device, names, say) if failed is None else failed
+    if config.batching == "auto" and (reasons := failed.get(f"attention {kind} packed")):
+        say(
+            f"attention {kind} packed failed its check on this GPU ({'; '.join(reasons.values())}): batches are bucketed"
+        )
+        bucketed = dataclasses.replace(config, batching="bucket")
+        return decide(bucketed, device, dtype, vocabulary, say, known)._replace(varlen=False)
     suffix = f"{kind} packed" if packed else kind
     chosen = failed.get(names[0], {})
     kernels = choose_kernels(chosen, say)

@@ -19,7 +19,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -156,10 +156,15 @@ def read_newest(
 
 def precision(run: Path) -> str | None:
     """ "fp32", "bf16" or "fp16": what the newest checkpoint that tells was computed in. None where none does."""
+    return setting(run, "precision", ("fp32", "bf16", "fp16"))
+
+
+def setting(run: Path, name: str, values: Collection[str]) -> str | None:
+    """Which of `values` a setting that may be left open came to, by the newest checkpoint that tells. None where none does."""
     for _, path in listed(run):
         with suppress(Damaged, OSError, KeyError, TypeError):
-            found = _described(path)["state"]["identity"]["settings"]["precision"]
-            if found in ("fp32", "bf16", "fp16"):
+            found = _described(path)["state"]["identity"]["settings"][name]
+            if found in values:
                 return found
     return None
 

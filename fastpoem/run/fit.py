@@ -18,15 +18,16 @@ from torch import Tensor
 
 from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
-from fastpoem.corpus.plan import BucketOrder, Order
+from fastpoem.corpus.plan import BucketOrder, Order, TextOrder
 from fastpoem.corpus.store import TokenStore
 from fastpoem.corpus.tokenizer_files import never_ids, tokenizer_files
 from fastpoem.corpus.vocabulary import numbering
+from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
-from fastpoem.engine.trust import decide
+from fastpoem.engine.trust import Trusted, decide
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
@@ -36,11 +37,14 @@ from fastpoem.model.grow import draw_rows
 from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.card import model_card
-from fastpoem.run.given import Given, take
+from fastpoem.run.given import Given, order_of, take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.opened import Run
 from fastpoem.signals import StopRequest, ask
+
+WORDS = {"pack": "packed", "bucket": "of like length", "pad": "padded"}
+LOOKED_AT = 20_000  # steps of an epoch whose sizes are looked up before training: a second at the most
 
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
@@ -95,8 +99,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
     ask()
     given = take(config, voice)
-    ask()
-    shape, tokenizer, store, order, ids = given.shape, given.tokenizer, given.store, given.order, given.ids
+    shape, tokenizer, store, ids = given.shape, given.tokenizer, given.store, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
         voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
@@ -110,12 +113,10 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     with voice.phase("measuring which precision is faster"):
         dtype, why = _choose_precision(config, device, computed, store, out)
-    varlen, about_attention = _choose_attention(config, device, dtype, shape.n_embd // shape.n_head)
-    trusted = decide(config, device, dtype, computed.vocab_size, voice.say)
+    config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
     if not trusted.sdpa:
         plain_attention()
-    if varlen is not None and not trusted.varlen:
-        varlen, about_attention = None, None
+    order = order_of(config, store, given.held)
     ask()
     goes_on = config.resume and bool(checkpoint.listed(out))
     with voice.phase(
@@ -141,7 +142,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
     ask()
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
-        identity = folder.identity(config, store, shape, dtype, given.validation)
+        identity = folder.identity(config, store, shape, dtype, order, given.validation)
         table = None if ids is None else numbering(ids, store)
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
         pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
@@ -172,11 +173,9 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             claim.config = folder.write_config(out, config, identity, store, device, dtype)
-        if about_attention:
-            voice.say(about_attention)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
-        voice.say(f"{order.steps:,} steps an epoch of {config.batch_size} poems")
+        voice.say(f"{order.steps:,} steps an epoch of {config.batch_size} poems, {about_batches}")
         if state is not None:
             left = "nothing is left to do" if loop.is_over else "going on"
             end = f"of {loop.last_step}" if loop.done <= loop.last_step else f"(past the {loop.last_step} asked for)"
@@ -248,26 +247,41 @@ def _choose_precision(
     return dtype, "as the run began" if before else why
 
 
-def _choose_attention(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype, head_width: int
-) -> tuple[Varlen | None, str | None]:
-    """(variable-length attention for packed batches, what to say about it). Raises InputError where --attention flash cannot be had."""
+def _choose_batching(
+    config: TrainConfig, device: torch.device, dtype: torch.dtype, shape: GPT2Config, out: Path, voice: Voice
+) -> tuple[TrainConfig, Trusted, Varlen | None, str]:
+    """(the settings with what auto came to, what of the fast path is taken, variable-length attention for packed batches, a few words on
+    the batches). A run that goes on keeps what it began with. Raises InputError for what `config` insists on and cannot be had."""
     if config.attention == "flash":
         if reason := why_not_flash(device, dtype):
             raise InputError("--attention flash", reason, "use --attention auto")
         insist_on_flash()
-    if config.batching != "pack" or config.attention == "sdpa":
-        return None, None
-    varlen, what = find_varlen(device, dtype, head_width)
-    return varlen, f"attention inside packed batches: {what}" if device.type == "cuda" else None
+    head_width, auto = shape.n_embd // shape.n_head, config.batching == "auto"
+    before = checkpoint.setting(out, "batching", ("pack", "bucket", "pad")) if config.resume and auto else None
+    batching, why = choose_batching(config, device, dtype, head_width, before)
+    settled = dataclasses.replace(config, batching=batching)
+    undecided = auto and before is None and batching == "pack"  # a kernel that fails its check may still change it
+    trusted = decide(config if undecided else settled, device, dtype, shape.vocab_size, voice.say)
+    if undecided and not trusted.varlen:
+        batching, why = "bucket", "packed attention failed its check"
+    config = dataclasses.replace(config, batching=batching)
+    varlen = None
+    if batching == "pack" and config.attention != "sdpa" and trusted.varlen:
+        varlen, what = find_varlen(device, dtype, head_width)
+        if device.type == "cuda" and why != what:
+            why += f"; attention inside them: {what}"
+    return config, trusted, varlen, f"{WORDS[batching]} ({why})"
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:
-    """The shapes of batches that are known before training: all of them in bucket order, otherwise the first step's and its like; of
-    padded ones also the largest, in whose memory the recordings of all others fit."""
+    """The shapes of batches that are known before training: all of them in bucket order; of packed ones, where they are rounded to few, those
+    of the first epoch's beginning; otherwise the first step's and its like; of padded ones also the largest, in whose memory the
+    recordings of all others fit."""
     if isinstance(order, BucketOrder):
         return [Shape(order.batch, length) for length in order.lengths_used()]
     first = feed(order(0, 0)).shape
+    if first.packed and feed.rounded and isinstance(order, TextOrder):
+        return feed.packed_shapes(*order.poems_of(0, 0, min(order.steps, LOOKED_AT)), first.poems)
     if first.packed:
         return [first]
     longest = int(feed.store.buckets[-1].lengths.max())

@@ -21,6 +21,7 @@ import torch
 import fastpoem
 from fastpoem import disk
 from fastpoem.config import TrainConfig, with_defaults
+from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
 from fastpoem.errors import Ended, InputError
 from fastpoem.model import hub
@@ -191,12 +192,20 @@ def refused_by_the_disk(out: Path) -> Iterator[None]:
 
 
 def identity(
-    config: TrainConfig, store: TokenStore, shape: GPT2Config, dtype: torch.dtype, validation: Validation
+    config: TrainConfig,
+    store: TokenStore,
+    shape: GPT2Config,
+    dtype: torch.dtype,
+    order: Order,
+    validation: Validation,
 ) -> dict[str, Any]:
     """What must be the same for a resumed run to be the same run."""
     free = FREE_ON_RESUME | IN_THE_STORE
     source, counts = store.manifest["source"], store.manifest["counts"]
     config = dataclasses.replace(config, precision=PRECISIONS[dtype])  # what auto came to
+    groups = {}
+    if isinstance(order, BucketOrder) and len(order.ends) < len(store.buckets):
+        groups["groups of buckets"] = len(order.ends)
     return {
         "store": {
             "poems": f"{counts['rows']} of {source.get('name')} ({str(source.get('sha256'))[:8]})",
@@ -208,7 +217,7 @@ def identity(
         "tokenizer": store.fingerprint,
         "val_data": f"{validation.store.rows} poems ({validation.store.identity[:8]})" if validation.own else None,
         "shape": dataclasses.asdict(shape),
-        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in free},
+        "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in free} | groups,
     }
 
 

@@ -1,4 +1,4 @@
-"""What the user gave, opened and found to fit together: text, model folder, tokenizer, token store, and the order of training.
+"""What the user gave, opened and found to fit together: text, model folder, tokenizer, token store; and the order of training.
 
 Nothing here makes or changes the run's folder: what is wrong is said before there is one.
 """
@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastpoem.config import HUB_MODEL, TrainConfig
+from fastpoem.corpus.buckets import MANY, different, merged
 from fastpoem.corpus.copies import how_many_in
 from fastpoem.corpus.grow import grown, lacking
 from fastpoem.corpus.hold_out import HeldOut, hold_out, one_of_each
-from fastpoem.corpus.plan import BucketOrder, Order, TextOrder
+from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, whole_steps
 from fastpoem.corpus.read import read_blocks, source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
@@ -46,7 +47,6 @@ class Given(NamedTuple):
     store: TokenStore
     held: np.ndarray  # rows that are not trained on, sorted int64: held out, their copies, and with --dedup all copies
     validation: Validation
-    order: Order
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
 
 
@@ -97,12 +97,12 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         if asked and not len(validation.rows):
             raise InputError(flag, "it goes by the validation loss, and nothing is held out", NO_VALIDATION)
     try:
-        order = _order(config, store, held.left_out)
+        whole_steps(store.rows - len(held.left_out), config.batch_size)
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, own, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
     return Given(
-        model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, held.left_out, validation, order, ids
+        model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, held.left_out, validation, ids
     )
 
 
@@ -191,7 +191,7 @@ def _open_store(
             tokenizer,
             cache_dir=cache,
             max_length=config.max_length or min(512, longest),
-            buckets=config.buckets,
+            buckets=config.buckets or 32,
             convert=None if config.convert == "none" else config.convert,
         )
     voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
@@ -216,12 +216,19 @@ def _ids(
     return ids
 
 
-def _order(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
+def order_of(config: TrainConfig, store: TokenStore, held: np.ndarray) -> Order:
+    """The order of training under `config`, whose batching is not auto any more. held: rows that are not trained on, sorted int64."""
     lengths = [bucket.length for bucket in store.buckets]
     if config.batching == "bucket" and config.shuffle:
         where, index = store.locate(held)
         held_by_bucket = [np.sort(index[where == bucket]) for bucket in range(len(lengths))]
         rows = [bucket.rows for bucket in store.buckets]
-        return BucketOrder(lengths, rows, held_by_bucket, config.batch_size, config.seed)
+        ends = None
+        if config.buckets is None:
+            enough = MANY * config.batch_size * len(rows)
+            ends = merged(
+                lengths, rows, [different(bucket.tokens, enough) for bucket in store.buckets], config.batch_size
+            )
+        return BucketOrder(lengths, rows, held_by_bucket, config.batch_size, config.seed, ends)
     seed = config.seed if config.shuffle else None
     return TextOrder(lengths, store.rows, store.locate, held, config.batch_size, seed)
