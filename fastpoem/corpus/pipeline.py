@@ -26,6 +26,9 @@ BERT_DEFAULTS = {
     "mask_token": "[MASK]",
 }
 NAMED = ("bos_token", "eos_token", *BERT_DEFAULTS)  # in transformers' order, which gives new tokens their ids
+# Of tokenizer_config.json: the token that stands for a line break inside a poem. The libraries make a special token of any value
+# whose key ends in _token, so the key alone is all that a model folder needs.
+LINE_BREAK = "line_break_token"
 LARGEST_FILE = 1 << 28
 MOST_IDS = 1 << 24
 
@@ -40,8 +43,9 @@ class SpecialIds:
     unk: int | None
 
 
-def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path, ...]]:
-    """(tokenizer, special ids, truncation side, the files that define it). Raises InputError."""
+def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenizer, SpecialIds, str, tuple[Path, ...]]:
+    """(tokenizer, special ids, truncation side, the files that define it), with `line_break` as one of its special tokens.
+    Raises InputError."""
     if not folder.is_dir():
         raise InputError(folder, "is not a folder", "name a model folder with vocab.txt or tokenizer.json")
     files = tuple(folder / name for name in FILES if (folder / name).is_file())
@@ -49,6 +53,8 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         if path.stat().st_size > LARGEST_FILE:
             raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
     config = _object(folder / "tokenizer_config.json")
+    if line_break is not None:
+        config[LINE_BREAK] = line_break
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
         raise InputError(
@@ -76,6 +82,13 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
         raise
     except Exception as error:  # the library raises bare Exception, of any wording, for files it cannot use
         raise InputError(folder, f"its tokenizer cannot be loaded ({error})", "fetch the model folder again") from None
+
+
+def line_break_of(folder: Path) -> str | None:
+    """The token that stands for a line break in the poems of a model folder's tokenizer. Raises InputError."""
+    value = _object(folder / "tokenizer_config.json").get(LINE_BREAK)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
 
 
 def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
