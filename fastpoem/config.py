@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, Literal
 
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, brief
 from fastpoem.paths import given_path
 
 HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
@@ -45,12 +45,13 @@ class TrainConfig:
     """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about half a minute."""
 
     data: tuple[str, ...] = ()
-    """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files, folders of them, or a token store. Several are one
-    corpus. Without it: the bundled verses."""
+    """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files (plain, .gz, .xz, .bz2 or .zip), folders of them, or a
+    token store. Several are one corpus. Without it: the bundled verses."""
     field: str | None = None
     """Column (or key) that holds the poem in .csv, .tsv and JSON. None: content, text, paragraphs and the like are tried."""
     line_break: str | None = None
-    """Token that stands for a line break inside a poem, such as [unused1]. None: the lines of a poem are joined."""
+    """Token that stands for a line break inside a poem, such as [unused1]. None: the model's own, if it has one; otherwise the lines of
+    a poem are joined."""
     model: str | None = None
     """Hugging Face name or folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
     from_scratch: bool = False
@@ -203,6 +204,11 @@ def from_kwargs(**settings: Any) -> TrainConfig:
     Raises InputError for a name that is no setting or a value out of range or of the wrong kind.
     """
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in ("data", "val_data"):
+        if name in settings and not isinstance(settings[name], str | PurePath | None):
+            from fastpoem.corpus.given_poems import as_paths
+
+            settings[name] = as_paths(name, settings[name], settings.get("field"))
     for name, value in settings.items():
         if name not in known:
             raise InputError(name, "no such setting", "see fastpoem.config.TrainConfig")
@@ -218,7 +224,7 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     if kind.startswith("Literal"):
         allowed = [word.strip(" '\"") for word in kind[len("Literal[") : -1].split(",")]
         if value not in allowed:
-            raise InputError(name, f"{value!r} is not one of them", "use " + " or ".join(allowed))
+            raise InputError(name, f"{brief(value)} is not one of them", "use " + " or ".join(allowed))
         return value
     if kind.startswith("tuple"):
         value = (value,) if isinstance(value, str | PurePath) else value
@@ -233,7 +239,9 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
         "float": isinstance(value, int | float) and not isinstance(value, bool),
     }
     if not fits[base]:
-        raise InputError(name, f"{value!r} is of the wrong kind", f"give {'True or False' if base == 'bool' else base}")
+        raise InputError(
+            name, f"{brief(value)} is of the wrong kind", f"give {'True or False' if base == 'bool' else base}"
+        )
     if base == "float":
         return (
             float(max(-(2**1000), min(value, 2**1000))) if isinstance(value, int) else float(value)

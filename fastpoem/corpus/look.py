@@ -42,7 +42,15 @@ TRADITIONAL = (
     "讀烏賞錢釣銀簾勢謂掃煩脫齋漁晝罷義飽條蓮內腸輪暫養積賓叢壺壽掛滄揚戰圓適懸驅駕閉劍訪豐擬淺繞擁嚴屬營詠蕩區荊牆飯誠視約頗馳灑謀詞調墮寫達環爐羨燭瓊縣廟觴號響慚窺渾鸞澗際揮繡屢戲話買層"
 )
 
-_BITS = {"spaces": SPACE, "digits": DIGIT, "latin": LATIN, "holes": HOLE, "brackets": BRACKET}
+_BITS = {
+    "spaces": SPACE,
+    "digits": DIGIT,
+    "latin": LATIN,
+    "holes": HOLE,
+    "brackets": BRACKET,
+    "traditional": TRADITION,
+    "simplified": SIMPLE,
+}
 _MARKUP = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});|</?[A-Za-z][^<>\n]{0,200}>")
 _NOTE = re.compile(
     r"（[^（）\n]{0,200}）|\([^()\n]{0,200}\)|〔[^〔〕\n]{0,200}〕|【[^【】\n]{0,200}】|［[^［］\n]{0,200}］|｛[^｛｝\n]{0,200}｝"
@@ -52,8 +60,8 @@ _GAP = re.compile(f"(?<![!-~{SPACES}])[{SPACES}]+|(?<![{SPACES}])[{SPACES}]++(?!
 
 
 def _table() -> np.ndarray:
-    """(65536,) uint8: what each UTF-16 unit is a sign of."""
-    table: np.ndarray = np.zeros(1 << 16, np.uint8)
+    """(code points,) uint8: what each is a sign of."""
+    table: np.ndarray = np.zeros(0x110000, np.uint8)
     ascii_letters = "".join(map(chr, [*range(65, 91), *range(97, 123)]))
     for bit, chars in (
         (SPACE, SPACES),
@@ -81,31 +89,46 @@ class Look:
     poems: int = 0
     found: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
-    marked: int = 0  # poems with a mark such as 。
     gaps: int = 0  # blank lines, one or several, between lines
     removed: Counter[str] = field(default_factory=Counter)
     special: Counter[str] = field(default_factory=Counter)  # tokens such as [SEP] that stand in the text
 
-    def at(self, lines: list[str]) -> None:
-        """Look at some poems, each on one line."""
+    def at(self, lines: list[str], frame: tuple[str, str] = ("", ""), special: Iterable[str] = ()) -> list[str]:
+        """Look at some poems, each on one line, and return them without a `frame` ([CLS] before, [SEP] behind, "" for none) that the
+        tokenizer will set itself. `special` tokens that stand in them are counted: their names have Latin letters."""
         if not lines:
-            return
+            return lines
         text = "\n".join(lines)
-        units = np.frombuffer(text.encode("utf-16-le", "surrogatepass"), np.uint16)
-        starts = np.concatenate(([0], np.flatnonzero(units == 10) + 1))
-        seen = np.bitwise_or.reduceat(_TABLE[units], starts)  # (poems,) uint8
+        points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)  # (characters,)
+        starts = np.concatenate(([0], np.flatnonzero(points == 10) + 1))
+        flags = _TABLE.take(points, mode="clip")  # which is faster than to raise, and none is outside
+        seen = np.bitwise_or.reduceat(flags, starts)  # (poems,) uint8
+        latin = np.flatnonzero(seen & LATIN).tolist()
+        if any(mark in lines[place] for place in latin for mark in frame if mark):
+            bare = [self._unframed(line, *frame) for line in lines]
+            if bare != lines:
+                return self.at([line for line in bare if line], special=special)
+        for place in latin:
+            for token in special:
+                if number := lines[place].count(token):
+                    self.special[token] += number
         self.poems += len(lines)
         for kind, bit in _BITS.items():
             self._count(kind, (seen & bit) != 0, lines)
-        self._count("traditional", (seen & TRADITION) != 0, lines)
-        self._count("simplified", (seen & SIMPLE) != 0, lines)
-        bare = (seen & MARK) == 0
-        self.marked += len(lines) - int(bare.sum())
-        if bare.any():
-            bare &= np.diff(starts, append=len(units) + 1) <= TITLE + 1
-            self._count("titles", bare, lines)
+        unmarked = (seen & MARK) == 0
+        if unmarked.any():
+            unmarked &= np.diff(starts, append=len(points) + 1) <= TITLE + 1
+            self._count("titles", unmarked, lines)
         if "&" in text or "<" in text:
             self._count("entities", np.array([bool(_MARKUP.search(line)) for line in lines]), lines)
+        return lines
+
+    def _unframed(self, line: str, head: str, tail: str) -> str:
+        bare = line.removeprefix(head).strip().removesuffix(tail).strip()
+        if bare != line:
+            self.found["framed"] += 1
+            self.examples.setdefault("framed", line[:SHOWN])
+        return bare
 
     def _count(self, kind: str, which: np.ndarray, lines: list[str]) -> None:
         if number := int(which.sum()):
@@ -140,29 +163,6 @@ class Look:
         text, number = _GAP.subn("", text)
         self.removed["spaces"] += number
         return [line for line in map(str.strip, text.split("\n")) if line]
-
-    def unframed(self, lines: list[str], head: str, tail: str) -> list[str]:
-        """The poems without a [CLS] before and a [SEP] behind (`head` and `tail`, "" for none) that the tokenizer will set itself."""
-        text = "\n".join(lines)
-        if not (head and head in text) and not (tail and tail in text):
-            return lines
-        out = []
-        for line in lines:
-            bare = line.removeprefix(head).strip()
-            bare = bare.removesuffix(tail).strip()
-            if bare != line:
-                self.found["framed"] += 1
-                self.examples.setdefault("framed", line[:SHOWN])
-            if bare:
-                out.append(bare)
-        return out
-
-    def count_special(self, lines: list[str], tokens: Iterable[str]) -> None:
-        """Count each of `tokens` in the poems."""
-        text = "\n".join(lines)
-        for token in tokens:
-            if number := text.count(token):
-                self.special[token] += number
 
 
 def _plain(markup: re.Match[str]) -> str:

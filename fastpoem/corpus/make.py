@@ -129,12 +129,9 @@ def _stamps(source: Source) -> list[tuple[int, int, int]]:
 
 def _looked_at(source: Source, tokenizer: PoemTokenizer, account: Account) -> Iterator[Block]:
     """The blocks of `source`, without a frame that the tokenizer will set itself, and taken account of."""
-    head, tail = tokenizer.frame
     special = [token for token in tokenizer.special if token != source.line_break]
     for block in read_blocks(source, account):
-        lines = account.look.unframed(block.lines, head, tail)
-        account.look.at(lines)
-        account.look.count_special(lines, special)
+        lines = account.look.at(block.lines, tokenizer.frame, special)
         yield Block(lines, block.blank + len(block.lines) - len(lines))
 
 

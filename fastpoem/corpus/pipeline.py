@@ -7,6 +7,7 @@ A folder that names another class is taken as its tokenizer.json says, as `PreTr
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,18 @@ def line_break_of(folder: Path) -> str | None:
     value = _object(folder / "tokenizer_config.json").get(LINE_BREAK)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) and value else None
+
+
+def with_line_break(files: Mapping[str, bytes], token: str) -> dict[str, bytes]:
+    """The tokenizer_config.json among a model folder's `files`, made if need be, naming `token` as the one for line breaks."""
+    config = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if "tokenizer_class" not in config and "tokenizer.json" not in files:
+        config["tokenizer_class"] = "BertTokenizer"
+    return {
+        "tokenizer_config.json": (
+            json.dumps(config | {LINE_BREAK: token}, indent=2, ensure_ascii=False) + "\n"
+        ).encode()
+    }
 
 
 def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
+from fastpoem.corpus.pipeline import with_line_break
 from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
 from fastpoem.corpus.vocabulary import numbering
@@ -129,6 +130,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
+    if tokenizer.line_break is not None:
+        beside |= with_line_break(beside, tokenizer.line_break)
     if narrowed is not None:
         beside[GENERATION] = narrowed.generation_config(special)
 
