@@ -141,12 +141,12 @@ def _guess(data: bytes, start: int) -> tuple[str | None, bool]:
     sample = data[begin : begin + (1 << 16)]
     scores = {}
     for encoding, common in COMMON:
-        try:
-            text = codecs.getincrementaldecoder(encoding)().decode(sample)
-        except UnicodeDecodeError:
-            continue
-        if (chinese := sum("一" <= char <= "鿿" for char in text)) * 2 >= len(text.strip()) > 0:
-            scores[encoding] = sum(map(text.count, common)) / chinese
+        text = codecs.getincrementaldecoder(encoding)("replace").decode(sample)
+        torn, chinese = text.count("\ufffd"), sum("一" <= char <= "鿿" for char in text)
+        if chinese * 2 >= len(text.strip()) > 0 and 50 * torn <= len(text):
+            score = sum(map(text.count, common)) / chinese
+            if not torn or score >= SURE:
+                scores[encoding] = score
     best = max(scores, key=scores.__getitem__) if scores else None
     return best, best is not None and scores[best] >= SURE
 
