@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, brief
 from fastpoem.paths import given_path
 
 HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
@@ -49,12 +49,13 @@ class TrainConfig:
     """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about half a minute."""
 
     data: tuple[str, ...] = ()
-    """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files, folders of them, or a token store. Several are one
-    corpus. Without it: the bundled verses."""
+    """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files (plain, .gz, .xz, .bz2 or .zip), folders of them, or a
+    token store. Several are one corpus. Without it: the bundled verses."""
     field: str | None = None
     """Column (or key) that holds the poem in .csv, .tsv and JSON. None: content, text, paragraphs and the like are tried."""
     line_break: str | None = None
-    """Token that stands for a line break inside a poem, such as [unused1]. None: the lines of a poem are joined."""
+    """Token that stands for a line break inside a poem, such as [unused1]. None: the model's own, if it has one; otherwise the lines of
+    a poem are joined."""
     model: str | None = None
     """Hugging Face name or folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
     from_scratch: bool = False
@@ -256,6 +257,11 @@ def from_kwargs(**settings: Any) -> TrainConfig:
     Raises InputError for a name that is no setting or a value out of range or of the wrong kind.
     """
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for name in ("data", "val_data"):
+        if name in settings and not isinstance(settings[name], str | PurePath | None):
+            from fastpoem.corpus.given_poems import as_paths
+
+            settings[name] = as_paths(name, settings[name], settings.get("field"))
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
@@ -273,13 +279,13 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     if kind.startswith("Literal"):
         allowed = [word.strip(" '\"") for word in kind[len("Literal[") : -1].split(",")]
         if value not in allowed:
-            raise InputError(f"{name}={value!r:.60}", "is not one of them", "use " + " or ".join(allowed))
+            raise InputError(f"{name}={brief(value)}", "is not one of them", "use " + " or ".join(allowed))
         return value
     if kind.startswith("tuple"):
         value = () if value is None else (value,) if isinstance(value, str | PurePath) else value
         if isinstance(value, tuple | list) and all(isinstance(one, str | PurePath) for one in value):
             return tuple(map(str, value))
-        raise InputError(f"{name}={value!r:.60}", "is of the wrong kind", "give a path, or a list of paths")
+        raise InputError(f"{name}={brief(value)}", "is of the wrong kind", "give a path, or a list of paths")
     base = kind.split(" |")[0]
     fits = {
         "str": isinstance(value, str | PurePath),
@@ -289,7 +295,7 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
     }
     if not fits[base]:
         words = {"str": "a text", "bool": "True or False", "int": "a whole number", "float": "a number"}[base]
-        raise InputError(f"{name}={value!r:.60}", "is of the wrong kind", f"give {words}")
+        raise InputError(f"{name}={brief(value)}", "is of the wrong kind", f"give {words}")
     if base == "float":
         return (
             float(max(-(2**1000), min(value, 2**1000))) if isinstance(value, int) else float(value)

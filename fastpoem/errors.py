@@ -21,3 +21,11 @@ def first_line(error: BaseException) -> str:
     """What an exception says, as a part of a sentence: its first line, cut where it is long; its kind where it says nothing."""
     line, *_ = str(error).strip().splitlines() or [type(error).__name__]
     return line if len(line) <= 160 else f"{line[:158]} …"
+
+
+def brief(value: object, most: int = 80) -> str:
+    """A value as a message shows it: as Python writes it, cut where it is long, whatever it is."""
+    if isinstance(value, str):
+        value = value[: most + 1]  # repr of a whole book would be made only to be cut
+    text = repr(value)
+    return text if len(text) <= most else f"{text[: most - 2]} …"

@@ -1,6 +1,7 @@
 """`python -m fastpoem.prepare --data SRC --model M --out STORE`: a text to a token store, and what is in it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, run_command
@@ -12,8 +13,9 @@ from fastpoem.paths import given_path
 class PrepareConfig:
     """Tokenize poems into a store that training reads without further work."""
 
-    data: str
-    """A text with one poem a line (.txt, .txt.xz, .txt.gz), a .jsonl or .json file, or a chinese-poetry folder."""
+    data: tuple[str, ...]
+    """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files (plain, .gz, .xz, .bz2 or .zip), or folders of them.
+    Several are one corpus."""
     model: str
     """The model whose tokenizer to use: a folder or a Hugging Face name."""
     out: str
@@ -22,8 +24,17 @@ class PrepareConfig:
     """Tokens a poem, [CLS] and [SEP] included; longer ones are cut."""
     buckets: int = 32
     """Into how many lengths the poems are sorted; more buckets, less padding."""
-    convert: str = "none"
-    """An OpenCC conversion, such as t2s: traditional to simplified characters."""
+    field: str | None = None
+    """Column (or key) that holds the poem in .csv, .tsv and JSON. None: content, text, paragraphs and the like are tried."""
+    line_break: str | None = None
+    """Token that stands for a line break inside a poem, such as [unused1]. None: the model's own, if it has one; otherwise the lines
+    of a poem are joined."""
+    convert: Literal["none", "t2s", "s2t"] = "none"
+    """t2s converts traditional to simplified characters, s2t the other way (needs OpenCC)."""
+    clean: bool = False
+    """Remove what is not part of a poem where that is safe: spaces inside, HTML entities, notes in brackets."""
+    whole: bool = False
+    """A poem longer than --max-length is cut after its last whole sentence."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,18 +44,30 @@ def main(argv: list[str] | None = None) -> None:
     from rich.console import Console
 
     from fastpoem.corpus.make import check_goal, check_settings
-    from fastpoem.corpus.read import source_files
+    from fastpoem.corpus.source import Source, source_files
     from fastpoem.corpus.store import is_store, prepare_store, summarise
     from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.model.find import resolve_folder
 
     check_settings(config.max_length, config.buckets)
-    source, out = given_path("--data", config.data), given_path("--out", config.out)
-    if is_store(source):
-        raise InputError(source, "is a token store already", "give it to fastpoem.train as it is")
-    source_files(source)
+    if not config.data:
+        raise InputError("--data", "names no text", "give a path, or several")
+    out = given_path("--out", config.out)
     check_goal(out)
-    tokenizer = PoemTokenizer.load(resolve_folder(config.model, weights=False))
+    source = Source.given(config.data)
+    for path in source.paths:
+        if is_store(path):
+            raise InputError(path, "is a token store already", "give it to fastpoem.train as it is")
+    source_files(source)
+    tokenizer = PoemTokenizer.load(resolve_folder(config.model, weights=False), config.line_break)
+    source = replace(
+        source,
+        field=config.field,
+        line_break=tokenizer.line_break,
+        convert=None if config.convert == "none" else config.convert,
+        clean=config.clean,
+        whole=config.whole,
+    )
     with Console(stderr=True).status("reading") as status:
         store = prepare_store(
             source,
@@ -52,7 +75,6 @@ def main(argv: list[str] | None = None) -> None:
             out,
             max_length=config.max_length,
             buckets=config.buckets,
-            convert=None if config.convert == "none" else config.convert,
             progress=lambda poems: status.update(f"{poems:,} poems"),
         )
     print(f"store      {out}", *summarise(store), sep="\n")

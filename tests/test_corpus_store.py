@@ -20,6 +20,7 @@ from tokenizers import processors
 
 from fastpoem.corpus import make
 from fastpoem.corpus.manifest import FORMAT, MANIFEST, ROW_MAP, VERSION, sealed
+from fastpoem.corpus.source import Source
 from fastpoem.corpus.store import TokenStore, cached_store, is_store, prepare_store, summarise
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
@@ -535,6 +536,7 @@ def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture
     assert "poems      3 (0 duplicates, 0 blank lines skipped, 1 cut to 4 tokens)" in out
     assert "龘 1" in out
     assert TokenStore.open(tmp_path / "store").max_length == 4
+    settings = dict(zip(flags[::2], flags[1::2], strict=True))
     for wrong, said in (
         (["--max-length", "nan"], "--max-length"),
         (["--max-length", "1"], "--max-length 1"),
@@ -542,12 +544,12 @@ def test_the_command(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture
         (["--data", str(tmp_path / "none.txt")], "none.txt: does not exist"),
         (["--out", str(source)], "exists and is not a token store"),
         (["--model", str(tmp_path)], str(tmp_path)),
-        (["--convert", "klingon"], "is no OpenCC conversion"),
+        (["--convert", "klingon"], "--convert"),
         (["--bukets", "3"], "--buckets"),
         (["--data", str(tmp_path / "store")], "is a token store already"),
     ):
         with pytest.raises(InputError) as caught:
-            main([*flags, *wrong])
+            main([part for pair in (settings | dict([wrong])).items() for part in pair])
         assert said in str(caught.value)
     assert TokenStore.open(tmp_path / "store").max_length == 4  # a refused run touches nothing
 
@@ -569,19 +571,21 @@ def test_the_cache_is_reused_and_keyed(tmp_path: Path, tokenizer: PoemTokenizer,
     source = text(tmp_path / "poems.txt", verses(200))
     said: list[str] = []
 
-    def cached(**options: Any) -> TokenStore:
+    def cached(how: dict[str, Any] | None = None, **options: Any) -> TokenStore:
         said.clear()
-        return cached_store(source, tokenizer, say=said.append, **options)
+        return cached_store(Source((source,), **(how or {})), tokenizer, say=said.append, **options)
 
     first = cached()
     assert first.path.parent == tmp_path / ".fastpoem"
     assert said == []
     assert cached().path == first.path
     assert "prepared before" in said[0]
-    paths = {first.path, cached(max_length=20).path, cached(buckets=3).path, cached(convert="t2s").path}
+    paths = {first.path, cached(max_length=20).path, cached(buckets=3).path}
+    every = {"convert": "t2s", "field": "a", "line_break": "a", "clean": True, "whole": True}
+    paths |= {cached({name: value}).path for name, value in every.items()}
     text(source, verses(200, seed=1))
     paths.add(cached().path)
-    assert len(paths) == 5
+    assert len(paths) == 9
     text(source, verses(200))
     assert cached().path == first.path
     assert cached(cache_dir=tmp_path / "elsewhere").path.parent == tmp_path / "elsewhere"

@@ -491,7 +491,7 @@ def test_a_lock_that_is_a_link_is_refused(base, tmp_path):
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-@pytest.mark.parametrize("changes, says", [(dict(max_length=20), "prepared with 64"), (dict(convert="t2s"), "prepared with none"),
+@pytest.mark.parametrize("changes, says", [(dict(max_length=20), "prepared with 64"), (dict(convert="t2s"), "prepared without it"),
                                            (dict(sample="春" * 70), "--sample")], ids=repr)  # fmt: skip
 def test_settings_that_a_ready_store_cannot_follow_are_refused(base, tmp_path, changes, says):
     prepare_store(base / "poems.txt", PoemTokenizer.load(base / "model"), tmp_path / "store", max_length=64)

@@ -19,7 +19,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from fastpoem.corpus.account import Account
 from fastpoem.corpus.buckets import choose_buckets
+from fastpoem.corpus.formats import Block
 from fastpoem.corpus.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,7 +35,8 @@ from fastpoem.corpus.manifest import (
     is_store,
     sealed,
 )
-from fastpoem.corpus.read import Block, read_blocks, source_files
+from fastpoem.corpus.read import read_blocks
+from fastpoem.corpus.source import Source, source_files
 from fastpoem.corpus.tokenize import EncodeStats, PoemTokenizer
 from fastpoem.disk import NoLocks, discard, exchange, flush, lock, make_folder
 from fastpoem.errors import InputError
@@ -47,12 +50,11 @@ GRACE_SECONDS = 60
 
 
 def make_store(
-    source: Path,
+    source: Source,
     tokenizer: PoemTokenizer,
     out: Path,
     max_length: int,
     buckets: int,
-    convert: str | None,
     progress: Callable[[int], None] | None,
     flag: str = "--out",
 ) -> None:
@@ -60,9 +62,9 @@ def make_store(
     with _making(out, flag) as folder:
         before = _stamps(source)
         digest = source_digest(source)
-        manifest = _make(source, tokenizer, folder, max_length, buckets, convert, progress)
+        manifest = _make(source, tokenizer, folder, max_length, buckets, progress)
         if _stamps(source) != before:
-            raise InputError(source, "changed while it was read", "prepare again when nothing writes to it")
+            raise InputError(source.shown, "changed while it was read", "prepare again when nothing writes to it")
         manifest["source"] |= digest
         with open(folder / MANIFEST, "wb") as stream:
             stream.write(sealed(manifest))
@@ -101,25 +103,38 @@ def _ours(folder: Path) -> bool:
         return FORMAT.encode() in stream.read(256)
 
 
-def source_digest(source: Path) -> dict[str, Any]:
-    """{"name", "size", "sha256"} of the bytes of a text, or of all files of a collection and their names."""
-    files = source_files(source)
-    size = sum(size for _, size, _ in _stamps(source))
-    if not source.is_dir():
-        return {"name": source.name, "size": size, "sha256": file_hash(source)}
+def source_digest(source: Source | Path) -> dict[str, Any]:
+    """{"name", "size", "sha256"} of the bytes of a text, or of all files of a corpus and their names."""
+    source = Source.of(source)
+    files = [(root, file.path) for root in source.paths for file in source_files(root)]
+    size = sum({path: size for (_, path), (_, size, _) in zip(files, _stamps(source), strict=True)}.values())
+    files = list(dict.fromkeys(files))  # an archive holds several
+    if [(path, path) for path in source.paths] == files and len(files) == 1:
+        return {"name": source.name, "size": size, "sha256": file_hash(files[0][1])}
     total = hashlib.sha256()
-    for path in files:
+    for root, path in files:
         ask()
-        total.update(os.fsencode(f"{path.relative_to(source)}\0{file_hash(path)}\n"))
-    return {"name": source.resolve().name, "size": size, "sha256": total.hexdigest()}
+        name = path.relative_to(root) if root != path else path.name
+        total.update(os.fsencode(f"{name}\0{file_hash(path)}\n"))
+    return {"name": source.name, "size": size, "sha256": total.hexdigest()}
 
 
-def _stamps(source: Path) -> list[tuple[int, int, int]]:
+def _stamps(source: Source) -> list[tuple[int, int, int]]:
     """What changes when a file of the source does."""
     try:
-        return [(found.st_ino, found.st_size, found.st_mtime_ns) for found in map(os.stat, source_files(source))]
+        found = [os.stat(file.path) for file in source_files(source)]
     except OSError as error:
-        raise InputError(source, f"cannot be read ({error.strerror})", "check its files and permissions") from None
+        reason = f"cannot be read ({error.strerror})"
+        raise InputError(source.shown, reason, "check its files and permissions") from None
+    return [(one.st_ino, one.st_size, one.st_mtime_ns) for one in found]
+
+
+def _looked_at(source: Source, tokenizer: PoemTokenizer, account: Account) -> Iterator[Block]:
+    """The blocks of `source`, without a frame that the tokenizer will set itself, and taken account of."""
+    special = [token for token in tokenizer.special if token != source.line_break]
+    for block in read_blocks(source, account):
+        lines = account.look.at(block.lines, tokenizer.frame, special)
+        yield Block(lines, block.blank + len(block.lines) - len(lines))
 
 
 def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
@@ -132,25 +147,24 @@ def _ahead(blocks: Iterator[Block]) -> Iterator[Block]:
 
 
 def _make(
-    source: Path,
+    source: Source,
     tokenizer: PoemTokenizer,
     folder: Path,
     max_length: int,
     count: int,
-    convert: str | None,
     progress: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     """Write all of a store but its manifest into `folder`, and return the manifest."""
     histogram: np.ndarray = np.zeros(max_length + 1, np.int64)
-    stats, rows, blank = EncodeStats(), 0, 0
+    stats, rows, blank, account = EncodeStats(), 0, 0, Account()
     names = [folder / f"spill.{part}" for part in ("tokens", "lengths", "hashes")]
     with open(names[0], "wb") as tokens, open(names[1], "wb") as lengths, open(names[2], "wb") as hashes:
-        for block in _ahead(read_blocks(source, convert=convert)):
+        for block in _ahead(_looked_at(source, tokenizer, account)):
             ask()
             blank += block.blank
             if not block.lines:
                 continue
-            ids, sizes, found = tokenizer.encode(block.lines, max_length)
+            ids, sizes, found = tokenizer.encode(block.lines, max_length, whole=source.whole)
             tokens.write(ids.astype(tokenizer.dtype.newbyteorder("<"), copy=False).data)
             lengths.write(sizes.astype("<u2").data)
             # Siphash with this process's random key: as good as any 64 bits, and it costs nothing.
@@ -160,9 +174,15 @@ def _make(
             rows += len(block.lines)
             if progress:
                 progress(rows)
+    if not rows:
+        raise InputError(
+            source.shown, "holds no poem, only the tokenizer's own frame", "give a text with one poem a line"
+        )
     if short := int(histogram[:2].sum()):
         reason = f"{short:,} of its poems are fewer than 2 tokens, as this model's tokenizer frames none"
-        raise InputError(source, reason, "remove the poems of one character, or use a tokenizer with [CLS] and [SEP]")
+        raise InputError(
+            source.shown, reason, "remove the poems of one character, or use a tokenizer with [CLS] and [SEP]"
+        )
     edges = choose_buckets(histogram, count)
     files = _scatter(names[0], names[1], folder, edges, tokenizer)
     duplicates = _duplicates(names[2], rows)
@@ -183,7 +203,7 @@ def _make(
             "unk": tokenizer.unk_id,
         },
         "max_length": max_length,
-        "source": {"convert": convert},
+        "source": {"convert": source.convert, **source.settings()},
         "counts": {
             "rows": rows,
             "tokens": int(histogram @ np.arange(max_length + 1)),
@@ -194,6 +214,11 @@ def _make(
         },
         "histogram": [[int(length), int(histogram[length])] for length in np.flatnonzero(histogram)],
         "unknown": [[text, number] for text, number in stats.unknown.most_common(KEPT_UNKNOWN)],
+        "look": {
+            "odd": account.look.report(),
+            "special": [[token, number] for token, number in account.look.special.most_common()],
+            "notes": account.notes(source),
+        },
         "buckets": table,
     }
     expected = expected_sizes(manifest)

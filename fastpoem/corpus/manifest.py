@@ -17,7 +17,7 @@ import numpy as np
 from fastpoem.errors import InputError
 
 FORMAT = "fastpoem token store"
-VERSION = 1
+VERSION = 2  # 1 had no account of what does not look like poems
 MANIFEST, ROW_MAP = "manifest.json", "rows.bucket"
 MANIFEST_BYTES = 1 << 23
 MAX_BUCKETS, MAX_LENGTH = 255, 65535
@@ -112,6 +112,10 @@ def _fault(manifest: dict[str, Any]) -> str | None:
             return f"the record of {name} does not follow from the bucket table"
     if not isinstance(manifest.get("source"), dict) or not _pairs(manifest.get("unknown"), text):
         return "its account of the text is malformed"
+    if any(not isinstance(manifest["source"].get(key), str | None) for key in ("convert", "field", "line_break")):
+        return "its account of how the text was read is malformed"
+    if manifest["version"] > 1 and not _look(manifest.get("look"), text):
+        return "its account of what does not look like poems is malformed"
     if not _pairs(manifest.get("histogram"), _whole) or _tallies(manifest["histogram"], lengths) != [
         counts["tokens"],
         *(rows for _, rows in buckets),
@@ -124,6 +128,18 @@ def _pairs(value: object, is_first: Callable[[object], bool]) -> bool:
     """Whether `value` is a list of [something, how many]."""
     return isinstance(value, list) and all(
         isinstance(pair, list) and len(pair) == 2 and is_first(pair[0]) and _whole(pair[1], 1) for pair in value
+    )
+
+
+def _look(look: object, text: Callable[[object], bool]) -> bool:
+    """Whether `look` is {"odd": [[kind, poems, example]], "special": [[token, times]], "notes": [line]}."""
+    if not isinstance(look, dict) or not _pairs(look.get("special"), text):
+        return False
+    notes, odd = look.get("notes"), look.get("odd")
+    if not isinstance(notes, list) or not isinstance(odd, list) or not all(map(text, notes)):
+        return False
+    return all(
+        isinstance(one, list) and len(one) == 3 and text(one[0]) and _whole(one[1]) and text(one[2]) for one in odd
     )
 
 
@@ -160,5 +176,5 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 def identity(manifest: dict[str, Any]) -> str:
     """A hash that names what a store holds, wherever it lies and whatever its text was called."""
-    content = {key: manifest[key] for key in ("version", "dtype", "tokenizer", "max_length", "buckets", "files")}
-    return _checksum(content)
+    content = {key: manifest[key] for key in ("dtype", "tokenizer", "max_length", "buckets", "files")}
+    return _checksum(content | {"version": 1})  # rows mean what they did then, and runs of that time go on

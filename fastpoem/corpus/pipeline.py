@@ -31,6 +31,9 @@ BERT_DEFAULTS = {
 }
 GPT2_END = "<|endoftext|>"  # bos and eos of GPT2Tokenizer, where a folder names none
 NAMED = ("bos_token", "eos_token", *BERT_DEFAULTS)  # in transformers' order, which gives new tokens their ids
+# Of tokenizer_config.json: the token that stands for a line break inside a poem. The libraries make a special token of any value
+# whose key ends in _token, so the key alone is all that a model folder needs.
+LINE_BREAK = "line_break_token"
 LARGEST_FILE = 1 << 28
 MOST_IDS = 1 << 24
 
@@ -46,8 +49,9 @@ class SpecialIds:
     unk: int | None
 
 
-def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, bytes]]:
-    """(tokenizer, special ids, truncation side, the files that define it by name, as a model folder should have them). Raises InputError."""
+def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenizer, SpecialIds, str, dict[str, bytes]]:
+    """(tokenizer, special ids, truncation side, the files that define it by name, as a model folder should have them), with `line_break` as
+    one of its special tokens. Raises InputError."""
     if not folder.is_dir():
         raise InputError(folder, "is not a folder", "name a model folder with vocab.txt or tokenizer.json")
     files = tuple(folder / name for name in FILES if (folder / name).is_file())
@@ -56,6 +60,8 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, b
             raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
     config = tokenizer_config(folder)
     trained = config.get(NOTES, {})
+    if line_break is not None:
+        config[LINE_BREAK] = line_break
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
         raise InputError(
@@ -84,7 +90,7 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, b
         kept = {path.name: path.read_bytes() for path in files}
         complete = {"tokenizer_class": kind or "PreTrainedTokenizerFast"} | _ends(library, kind) | config
         complete.pop("auto_map", None)  # code of a stranger's, which we did not run either
-        if complete != config:
+        if complete != config or line_break is not None:
             kept["tokenizer_config.json"] = (json.dumps(complete, indent=2, ensure_ascii=False) + "\n").encode()
         return library, special, side, {name: kept[name] for name in FILES if name in kept}
     except InputError:
@@ -105,6 +111,13 @@ def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
     """{"cls_token": "[CLS]", …}: the special tokens that a tokenizer's files, content by name, give."""
     config, legacy = (json.loads(files.get(name, b"{}")) for name in (CONFIG, "special_tokens_map.json"))
     return {name: _text(token) for name, token in _named(config, legacy)[0].items()}
+
+
+def line_break_of(folder: Path) -> str | None:
+    """The token that stands for a line break in the poems of a model folder's tokenizer. Raises InputError."""
+    value = _object(folder / "tokenizer_config.json").get(LINE_BREAK)
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
 
 
 def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -22,13 +22,15 @@ from typing import Any
 import numpy as np
 
 from fastpoem.corpus.buckets import padded_positions
+from fastpoem.corpus.look import SAYS, in_words
 from fastpoem.corpus.make import check_goal, check_settings, make_store, source_digest, writable
 from fastpoem.corpus.manifest import MEND, ROW_MAP, VERSION, bucket_files, file_hash, identity, is_store, read_manifest
+from fastpoem.corpus.source import Source
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 from fastpoem.paths import user_cache
 
-__all__ = ["Bucket", "TokenStore", "cached_store", "is_store", "prepare_store", "summarise"]
+__all__ = ["Bucket", "TokenStore", "cached_store", "is_store", "odd_in_short", "prepare_store", "summarise"]
 
 RANK_STRIDE = 256
 SLICE_BYTES = 1 << 22
@@ -150,34 +152,32 @@ class TokenStore:
 
 
 def prepare_store(
-    source: Path,
+    source: Source | Path,
     tokenizer: PoemTokenizer,
     out: Path,
     *,
     max_length: int = 512,
     buckets: int = 32,
-    convert: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> TokenStore:
     """Tokenize `source` into a store at `out`, replacing a store that is there. Raises InputError.
 
-    `max_length` counts [CLS] and [SEP]; longer poems are cut as the library cuts them. `convert` names an OpenCC
-    conversion. `progress(poems so far)` is called now and then. Safe to kill at any moment.
+    `max_length` counts [CLS] and [SEP]; longer poems are cut as the library cuts them, or with `source.whole` after
+    their last whole sentence. `progress(poems so far)` is called now and then. Safe to kill at any moment.
     """
     check_settings(max_length, buckets)
     check_goal(Path(out))
-    make_store(Path(source), tokenizer, Path(out), max_length, buckets, convert, progress)
+    make_store(Source.of(source), tokenizer, Path(out), max_length, buckets, progress)
     return TokenStore.open(out)
 
 
 def cached_store(
-    source: Path,
+    source: Source | Path,
     tokenizer: PoemTokenizer,
     *,
     cache_dir: Path | None = None,
     max_length: int = 512,
     buckets: int = 32,
-    convert: str | None = None,
     progress: Callable[[int], None] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> TokenStore:
@@ -186,12 +186,13 @@ def cached_store(
     The cache is `cache_dir`, else `.fastpoem` beside the text, else (where that cannot be written)
     `$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. `say` hears in a line what was reused, prepared or found damaged.
     """
-    source = Path(source)
+    source = Source.of(source)
     check_settings(max_length, buckets)
     digest = source_digest(source)["sha256"]
-    key = repr((VERSION, digest, tokenizer.fingerprint, max_length, buckets, convert)).encode()
+    how = sorted(source.settings().items())
+    key = repr((VERSION, digest, tokenizer.fingerprint, max_length, buckets, how)).encode()
     name = f"{source.name.split('.')[0][:40] or 'text'}-{hashlib.sha256(key).hexdigest()[:16]}"
-    folders = [Path(cache_dir)] if cache_dir is not None else _cache_folders(source)
+    folders = [Path(cache_dir)] if cache_dir is not None else _cache_folders(source.paths[0])
     for folder in folders:
         if is_store(folder / name):
             try:
@@ -209,7 +210,7 @@ def cached_store(
     if goal is None:
         raise InputError(folders[-1], "cannot be written", "name a writable folder with --cache-dir")
     # A name of the cache's own: whatever is there makes way.
-    make_store(source, tokenizer, goal / name, max_length, buckets, convert, progress, "--cache-dir")
+    make_store(source, tokenizer, goal / name, max_length, buckets, progress, "--cache-dir")
     return TokenStore.open(goal / name)
 
 
@@ -240,7 +241,27 @@ def summarise(store: TokenStore) -> list[str]:
     unknown = f"[UNK]      {counts['unknown']:,} ({counts['unknown'] / tokens:.2%} of tokens)"
     if manifest["unknown"]:
         unknown += "; most frequent: " + ", ".join(f"{text} {count:,}" for text, count in manifest["unknown"][:12])
-    return [*lines, unknown]
+    return [*lines, unknown, *_account(store)]
+
+
+def _account(store: TokenStore) -> list[str]:
+    """How the text was taken and what of it does not look like poems, a line each."""
+    look = store.manifest.get("look") or {"odd": [], "special": [], "notes": []}
+    odd = [in_words(kind, poems, store.rows, example) for kind, poems, example in look["odd"]]
+    if look["special"]:
+        odd.append(
+            "special tokens in the text: " + ", ".join(f"{token} {number:,}" for token, number in look["special"])
+        )
+    lines = [f"{'look' if index == 0 else '':<10} {line}" for index, line in enumerate(odd)]
+    return lines + [f"{'text' if index == 0 else '':<10} {line}" for index, line in enumerate(look["notes"])]
+
+
+def odd_in_short(store: TokenStore) -> str | None:
+    """One line on what of a store does not look like poems, of what is in one poem of two hundred or more; None for nothing."""
+    look = store.manifest.get("look") or {"odd": [], "special": []}
+    odd = [f"{poems:,} {SAYS.get(kind, kind)}" for kind, poems, _ in look["odd"] if 200 * poems >= store.rows]
+    odd += [f"{token} stands in the text {number:,} times" for token, number in look["special"]]
+    return f"of {store.rows:,} poems " + "; ".join(odd) if odd else None
 
 
 def _cache_folders(source: Path) -> list[Path]:

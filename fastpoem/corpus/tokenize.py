@@ -27,17 +27,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from fastpoem.corpus.pipeline import SpecialIds, load_pipeline
+from fastpoem.corpus.pipeline import SpecialIds, line_break_of, load_pipeline
+from fastpoem.errors import InputError, brief
 
-CLS_MARK, SEP_MARK = "\ufdd0", "\ufdd1"  # code points that Unicode sets aside for use inside a program
+CLS_MARK, SEP_MARK, BREAK_MARK = (
+    "\ufdd0",
+    "\ufdd1",
+    "\ufdd2",
+)  # code points that Unicode sets aside for use inside a program
 ID_BITS = 24
 ID_MASK = (1 << ID_BITS) - 1
 LOOSE, SILENT, UNPROVEN, UNSEEN, START, END = (1 << (ID_BITS + bit) for bit in range(6))
 ASK_AT_ONCE = 4096
 GUARDS = "abcdefghijk", ",.;:!?"
 MOST_WORDS, LONGEST_WORD = 1 << 16, 64  # kept in memory
+SENTENCE_ENDS, CLOSING = (
+    "。！？；!?;",
+    "”’」』》）)",
+)  # after which a poem may be cut, and what still belongs before the cut
 
 
 @dataclass(slots=True)
@@ -57,7 +66,8 @@ class EncodeStats:
 
 
 class PoemTokenizer:
-    """A tokenizer loaded without transformers. `fingerprint` names its vocabulary and rules; `files` define it, in a model folder too."""
+    """A tokenizer loaded without transformers. `fingerprint` names its vocabulary and rules, `files` define it in a model folder, `line_break`
+    the token that stands for a line break inside a poem, if there is one."""
 
     def __init__(self, library: Tokenizer, special: SpecialIds, truncation_side: str, files: dict[str, bytes]) -> None:
         self.library, self.files, self.truncation_side = library, files, truncation_side
@@ -69,22 +79,57 @@ class PoemTokenizer:
         self.fingerprint = _fingerprint(rules, special, truncation_side, library.encode_special_tokens)
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)  # of token ids
         self._table = _Table(library, rules) if _is_bert(library, rules, special) else None
+        frame = library.encode("").ids
+        # How many tokens of its own a poem gets before and behind, and which, as text ("" for none).
+        head, tail = frame[:1] == [self.cls_id], len(frame) > (frame[:1] == [self.cls_id]) and frame[-1] == self.sep_id
+        self._around = int(head), int(tail)
+        self.frame = _name(library, self.cls_id) if head else "", _name(library, self.sep_id) if tail else ""
+        named = (self.pad_id, self.cls_id, self.sep_id, self.unk_id, library.token_to_id("[MASK]"))
+        self.special = tuple(dict.fromkeys(_name(library, index) for index in named if index is not None))
+        self.line_break: str | None = None
+        self._break_id: int | None = None  # where a line break can be told apart without the library
 
     @classmethod
-    def load(cls, folder: Path) -> "PoemTokenizer":
-        """The tokenizer of a Hugging Face folder, as transformers would build it. Raises InputError."""
-        return cls(*load_pipeline(Path(folder)))
+    def load(cls, folder: Path, line_break: str | None = None) -> "PoemTokenizer":
+        """The tokenizer of a Hugging Face folder, as transformers would build it; with `line_break`, as if the folder named that
+        as the token for line breaks. Raises InputError."""
+        folder = Path(folder)
+        tokenizer = cls(*load_pipeline(folder, line_break))
+        if (token := line_break or line_break_of(folder)) is not None:
+            tokenizer._break_lines_with(token)
+        return tokenizer
 
-    def encode(self, lines: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray, EncodeStats]:
+    def _break_lines_with(self, token: str) -> None:
+        flag = f"--line-break {brief(token, 40)}"
+        index = self.library.token_to_id(token)
+        if not token.strip() or token != "".join(token.split()) or index is None:
+            raise InputError(flag, "holds a space or nothing", "name a token, such as [unused1]")
+        if index in (self.pad_id, self.cls_id, self.sep_id, self.unk_id) or token == "[MASK]":
+            raise InputError(flag, "has another meaning already", "name a token that is free, such as [unused1]")
+        self.line_break = token
+        added = self.library.get_added_tokens_decoder()
+        mine, others = added[index], [one.content for place, one in added.items() if place != index]
+        plain = not (mine.lstrip or mine.rstrip or mine.single_word or mine.normalized)
+        if self._table is not None and plain and not any(_overlap(token, one) for one in others):
+            # An added token cuts the text and is one id whatever stands beside it: a character of its own to the table.
+            self._table.codes[ord(BREAK_MARK)] = self._break_id = index
+
+    def encode(
+        self, lines: Sequence[str], max_length: int, *, whole: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, EncodeStats]:
         """Ids of all lines one after another (uint16 or uint32), the number of each line's (int64), and statistics.
 
-        The same ids as `BertTokenizer(lines, truncation=True, max_length=max_length)`, [CLS] and [SEP] included.
+        The same ids as `BertTokenizer(lines, truncation=True, max_length=max_length)`, [CLS] and [SEP] included. With `whole` what
+        is longer is cut after the last sentence or line that fits, and as the library does where none does.
         """
         text = CLS_MARK + (SEP_MARK + CLS_MARK).join(lines) + SEP_MARK
-        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # (characters + 2 * lines,)
         foreign = text.count(CLS_MARK) != len(lines) or text.count(SEP_MARK) != len(lines)  # a line holds a mark
+        if self._break_id is not None and self.line_break is not None:
+            foreign = foreign or BREAK_MARK in text
+            text = text.replace(self.line_break, BREAK_MARK)
+        points = np.frombuffer(text.encode("utf-32-le"), np.uint32)  # (characters + 2 * lines,)
         if self._table is None or foreign:
-            return self._encode_by_library(lines, max_length)
+            return self._encode_by_library(lines, max_length, whole)
 
         codes = self._table.look_up(points)  # (characters + 2 * lines,) uint32: id and flags
         flagged = np.flatnonzero(codes >= 1 << ID_BITS)  # the line marks and the few special cases
@@ -105,8 +150,14 @@ class PoemTokenizer:
             stats.truncated += 1
             inner = np.flatnonzero(keep[starts[line] + 1 : ends[line] - 1]) + starts[line] + 1
             surplus = lengths[line] - max_length
-            keep[inner[:surplus] if self.truncation_side == "left" else inner[len(inner) - surplus :]] = False
-        lengths = np.minimum(lengths, max_length)
+            if self.truncation_side == "left":
+                inner = inner[:surplus]
+            else:
+                fits = len(inner) - surplus
+                last = "".join(map(chr, points[inner[: fits + 1]].tolist())) if whole else ""
+                inner = inner[_whole(last, fits) if whole else fits :]
+            keep[inner] = False
+            lengths[line] -= len(inner)
         for line in np.flatnonzero(left).tolist():
             keep[starts[line] : ends[line]] = False
 
@@ -117,7 +168,7 @@ class PoemTokenizer:
         stats.unknown_tokens = int(counts.sum())
         ids = ids if keep.all() else ids[keep]
         if left.any():
-            ids, lengths = self._insert(ids, lengths, np.flatnonzero(left), lines, max_length, stats)
+            ids, lengths = self._insert(ids, lengths, np.flatnonzero(left), lines, max_length, whole, stats)
         return ids, lengths, stats
 
     def _insert(
@@ -127,10 +178,11 @@ class PoemTokenizer:
         left: np.ndarray,
         lines: Sequence[str],
         max_length: int,
+        whole: bool,
         stats: EncodeStats,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and lengths with the library's for the lines `left`, of which `ids` holds nothing; adds to `stats`."""
-        answers, counts, found = self._encode_by_library([lines[line] for line in left.tolist()], max_length)
+        answers, counts, found = self._encode_by_library([lines[line] for line in left.tolist()], max_length, whole)
         stats.add(found)
         lengths[left] = 0
         between = np.split(ids, np.cumsum(lengths)[left])  # the proven ids before, among and after them
@@ -139,7 +191,9 @@ class PoemTokenizer:
         pieces = [piece for pair in zip(between, rows, strict=False) for piece in pair]
         return np.concatenate([*pieces, between[-1]]), lengths
 
-    def _encode_by_library(self, lines: Sequence[str], max_length: int) -> tuple[np.ndarray, np.ndarray, EncodeStats]:
+    def _encode_by_library(
+        self, lines: Sequence[str], max_length: int, whole: bool
+    ) -> tuple[np.ndarray, np.ndarray, EncodeStats]:
         self.library.enable_truncation(max_length, direction=self.truncation_side)
         try:
             encodings = self.library.encode_batch(list(lines))
@@ -149,6 +203,8 @@ class PoemTokenizer:
         rows = []
         for line, encoding in zip(lines, encodings, strict=True):
             row = np.array(encoding.ids, self.dtype)
+            if whole and encoding.overflowing and self.truncation_side == "right":
+                row = self._cut_whole(row, line, encoding)
             rows.append(row)
             stats.truncated += bool(encoding.overflowing)
             if self.unk_id is not None:
@@ -158,6 +214,21 @@ class PoemTokenizer:
                     stats.unknown[line[begin : begin + 1]] += 1
         ids = np.concatenate(rows) if rows else np.empty(0, self.dtype)
         return ids, np.array([len(row) for row in rows], np.int64), stats
+
+    def _cut_whole(self, row: np.ndarray, line: str, encoding: Encoding) -> np.ndarray:
+        """The ids of a line that was cut, up to its last sentence or line that fits."""
+        head, tail = self._around
+        inner = row[head : len(row) - tail]
+        spans = encoding.offsets[head : len(row) - tail]
+        index = None if self.line_break is None else self.library.token_to_id(self.line_break)
+        last = [  # the last character of each token, nothing where that goes on in the next one
+            BREAK_MARK if one == index else line[end - 1] if end and (after is None or after[0] >= end) else " "
+            for one, (_, end), after in zip(inner.tolist(), spans, [*spans[1:], None], strict=True)
+        ]
+        beyond = encoding.overflowing[0].ids[head : head + 1]
+        last += [BREAK_MARK if beyond == [index] else " "]
+        kept = _whole("".join(last), len(inner))
+        return np.concatenate([row[: head + kept], row[len(row) - tail :]])
 
 
 class _Table:
@@ -252,6 +323,33 @@ class _Table:
         codes = self.look_up(points)
         if not (codes & UNPROVEN).any():
             self.codes[points[np.lexsort((points, codes & LOOSE))[-1]]] = UNPROVEN  # a LOOSE one if there is one
+
+
+def _whole(last: str, fits: int) -> int:
+    """How many of the `fits` tokens that fit are whole sentences or lines, `fits` where none is. `last`: the last character of each
+    of them and of the first that does not fit, BREAK_MARK for a line break."""
+    if last[fits : fits + 1] == BREAK_MARK:
+        return fits
+    closing = 0
+    for place in range(fits - 1, -1, -1):
+        if last[place] == BREAK_MARK and place:
+            return place
+        if last[place] in SENTENCE_ENDS:
+            return place + 1 + closing
+        closing = closing + 1 if last[place] in CLOSING else 0
+    return fits
+
+
+def _name(library: Tokenizer, index: int) -> str:
+    return library.id_to_token(index) or ""
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether two texts can share characters somewhere."""
+    if not other or one in other or other in one:
+        return True
+    sizes = range(1, min(len(one), len(other)))
+    return any(one[-size:] == other[:size] or other[-size:] == one[:size] for size in sizes)
 
 
 def _is_bert(library: Tokenizer, rules: dict, special: SpecialIds) -> bool:

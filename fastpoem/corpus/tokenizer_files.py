@@ -20,7 +20,6 @@ from tokenizers import Regex, Tokenizer, decoders, processors
 from fastpoem.corpus.pipeline import BERT_DEFAULTS, CONFIG, NOTES, named_tokens, tokenizer_config
 from fastpoem.corpus.tokenize import PoemTokenizer
 
-LINE_BREAK = "line_break_token"
 # Between CJK, full-width marks and anything no space stands: for transformers, whose BERT decoder sets one between all tokens.
 _WIDE = r"[\x{2e80}-\x{a4cf}\x{ac00}-\x{d7af}\x{f900}-\x{faff}\x{fe30}-\x{fe4f}\x{ff00}-\x{ffef}\x{20000}-\x{3ffff}]"
 
@@ -41,11 +40,10 @@ def tokenizer_files(tokenizer: PoemTokenizer, convert: str | None = None) -> dic
     return found
 
 
-def notes_of(folder: Path) -> dict[str, Any]:
-    """{"convert": …, LINE_BREAK: …} of a model folder, each None where it says nothing. Raises InputError."""
-    config = tokenizer_config(folder)
-    found = {"convert": config.get(NOTES, {}).get("convert"), LINE_BREAK: config.get(LINE_BREAK)}
-    return {name: value if isinstance(value, str) else None for name, value in found.items()}
+def conversion_of(folder: Path) -> str | None:
+    """The OpenCC conversion of the text that a model folder was trained on. Raises InputError."""
+    value = tokenizer_config(folder).get(NOTES, {}).get("convert")
+    return value if isinstance(value, str) else None
 
 
 def never_ids(tokenizer: PoemTokenizer, rows: int) -> set[int]:

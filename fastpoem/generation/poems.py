@@ -25,7 +25,7 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
     import torch
 
     from fastpoem.corpus.tokenize import PoemTokenizer
-    from fastpoem.corpus.tokenizer_files import LINE_BREAK, never_ids, notes_of
+    from fastpoem.corpus.tokenizer_files import conversion_of, never_ids
     from fastpoem.engine.precision import choose_device
     from fastpoem.generation.prompt import Reader
     from fastpoem.generation.spell import Speller
@@ -43,8 +43,7 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
         raise InputError(
             folder, "its tokenizer has more ids than its embedding", "name the model folder of a finished run"
         )
-    notes = notes_of(folder)
-    line_break = notes[LINE_BREAK] and tokenizer.library.token_to_id(notes[LINE_BREAK])
+    line_break = None if tokenizer.line_break is None else tokenizer.library.token_to_id(tokenizer.line_break)
     silent = ({*never_written(folder, shape.vocab_size)} | never_ids(tokenizer, shape.vocab_size)) - {line_break}
     if len(silent) == shape.vocab_size:
         raise InputError(folder, "has no token to write with", "use the tokenizer that belongs to the model")
@@ -54,7 +53,7 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
         hub.load_weights(model, folder)
         model.to(device)
         speller = Speller(tokenizer.library, line_break)
-        reader = Reader(model, tokenizer, speller, [*silent], notes["convert"], say or _say)
+        reader = Reader(model, tokenizer, speller, [*silent], conversion_of(folder), say or _say)
         prompts = [reader(text) for text in config.prompt or ("",)]
         longest = min(config.max_length, shape.n_positions)
         for prompt in prompts:

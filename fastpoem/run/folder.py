@@ -211,6 +211,7 @@ def identity(
             "poems": f"{counts['rows']} of {source.get('name')} ({str(source.get('sha256'))[:8]})",
             "max_length": store.max_length,
             "convert": source.get("convert"),
+            **{name: source[name] for name in ("field", "line_break", "clean", "whole") if source.get(name)},
             "buckets": [bucket.length for bucket in store.buckets],
             "token store": store.identity,
         },

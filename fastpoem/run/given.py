@@ -19,11 +19,12 @@ from fastpoem.corpus.copies import how_many_in
 from fastpoem.corpus.grow import grown, lacking
 from fastpoem.corpus.hold_out import HeldOut, hold_out, one_of_each
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, whole_steps
-from fastpoem.corpus.read import read_blocks, source_files
-from fastpoem.corpus.store import TokenStore, cached_store, is_store
+from fastpoem.corpus.read import read_blocks
+from fastpoem.corpus.source import Source, source_files
+from fastpoem.corpus.store import TokenStore, cached_store, is_store, odd_in_short
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.corpus.vocabulary import kept_ids
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, brief
 from fastpoem.generation.prompt import read
 from fastpoem.model import hub
 from fastpoem.model.find import resolve_folder
@@ -52,9 +53,8 @@ class Given(NamedTuple):
 
 def take(config: TrainConfig, voice: Voice) -> Given:
     """Open everything that `config` names. Raises InputError."""
-    source = Path(config.data[0]).expanduser() if config.data else hub.BUNDLED / "poems.txt"
-    if not is_store(source):
-        source_files(source)  # raises for what is not there
+    source = named(config, config.data or (str(hub.BUNDLED / "poems.txt"),), "--data")
+    ready = TokenStore.open(source.paths[0]) if is_store(source.paths[0]) else None
     name = config.model or (HUB_MODEL if config.data else str(hub.BUNDLED / "model"))
     model_folder = resolve_folder(name, weights=not config.from_scratch)
     hub_name = None if model_folder == given_path("--model", name) else name
@@ -63,7 +63,10 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         shape = dataclasses.replace(
             shape, embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout
         )
-    tokenizer, rows = PoemTokenizer.load(model_folder), shape.vocab_size
+    kept = config.line_break or (ready.manifest["source"].get("line_break") if ready else None)
+    tokenizer, rows = PoemTokenizer.load(model_folder, kept), shape.vocab_size
+    source = dataclasses.replace(source, line_break=tokenizer.line_break)
+    _refuse_new_line_break(config, tokenizer, shape)
     if tokenizer.vocab_size > rows and not config.from_scratch and not config.grow_vocab:
         reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {rows}"
         mend = "use a tokenizer and a model that belong together, or draw rows for the others with --grow-vocab"
@@ -74,7 +77,7 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         hub.check_weights(shape, model_folder)
     known = min(rows, tokenizer.vocab_size)
     if config.grow_vocab:
-        tokenizer = _grown(config, source, tokenizer, voice)
+        tokenizer = _grown(source, ready, tokenizer, voice)
     fresh = range(known, tokenizer.vocab_size)
     shape = dataclasses.replace(shape, vocab_size=max(rows, tokenizer.vocab_size))
 
@@ -82,12 +85,14 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         tokens = len(read(tokenizer, config.sample))  # as generate counts them
         if tokens >= min(128, shape.n_positions):
             raise InputError("--sample", f"{tokens} tokens leave no room for a poem", "give its first characters")
-    store = _open_store(config, source, tokenizer, shape, voice)
+    store = _open_store(config, source, ready, tokenizer, shape, voice)
     for line in _lost(store):
         voice.say(line)
-    own = (
-        _open_store(config, Path(config.val_data[0]).expanduser(), tokenizer, shape, voice) if config.val_data else None
-    )
+    own = None
+    if config.val_data:
+        apart = dataclasses.replace(named(config, config.val_data, "--val-data"), line_break=tokenizer.line_break)
+        ready = TokenStore.open(apart.paths[0]) if is_store(apart.paths[0]) else None
+        own = _open_store(config, apart, ready, tokenizer, shape, voice)
     with voice.phase("looking for copies of poems"):
         held = hold_out(store, 0 if own else config.val_poems, config.seed, dedup=config.dedup)
         validation = Validation(store, held.validation) if own is None else Validation(own, one_of_each(own), own=True)
@@ -99,22 +104,22 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     try:
         whole_steps(store.rows - len(held.left_out), config.batch_size)
     except InputError as error:
-        raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
+        raise InputError(source.shown, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, own, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
     return Given(
         model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, held.left_out, validation, ids
     )
 
 
-def _grown(config: TrainConfig, source: Path, tokenizer: PoemTokenizer, voice: Voice) -> PoemTokenizer:
+def _grown(source: Source, ready: TokenStore | None, tokenizer: PoemTokenizer, voice: Voice) -> PoemTokenizer:
     """`tokenizer` with ids for the characters of the text that it lacks: the same ones whenever it is asked about the same text."""
-    if is_store(source):
-        if TokenStore.open(source).manifest["counts"]["unknown"]:
-            raise InputError(
-                "--grow-vocab", f"{source} holds ids and no text any more", "give the text itself as --data"
-            )
+    if ready is not None:
+        if ready.manifest["counts"]["unknown"]:
+            reason = f"{ready.path} holds ids and no text any more"
+            raise InputError("--grow-vocab", reason, "give the text itself as --data")
         return tokenizer
-    chars = lacking(tokenizer, read_blocks(source, convert=None if config.convert == "none" else config.convert))
+    with voice.phase("looking for characters that the vocabulary lacks"):
+        chars = lacking(tokenizer, read_blocks(source))
     if not chars:
         voice.say("--grow-vocab: the vocabulary lacks no character of the text")
         return tokenizer
@@ -125,9 +130,43 @@ def _grown(config: TrainConfig, source: Path, tokenizer: PoemTokenizer, voice: V
     return found
 
 
+def named(config: TrainConfig, data: tuple[str, ...], flag: str) -> Source:
+    """What `data` names, read as `config` says: files, folders and patterns, or one token store. Raises InputError."""
+    convert = None if config.convert == "none" else config.convert
+    source = Source.given(
+        data,
+        flag,
+        field=config.field,
+        line_break=config.line_break,
+        convert=convert,
+        clean=config.clean,
+        whole=config.whole,
+    )
+    stores = [path for path in source.paths if is_store(path)]
+    if stores and len(source.paths) > 1:
+        raise InputError(stores[0], "is a token store, which stands alone", f"give {flag} all texts, or one store")
+    if not stores:
+        source_files(source)  # raises for what is not there
+    return source
+
+
+def _refuse_new_line_break(config: TrainConfig, tokenizer: PoemTokenizer, shape: GPT2Config) -> None:
+    """Raises InputError where the token for line breaks is new, and nothing makes room for it in the embedding."""
+    token = tokenizer.line_break
+    index = None if token is None else tokenizer.library.token_to_id(token)
+    if index is not None and index >= shape.vocab_size and not (config.from_scratch or config.grow_vocab):
+        free = next((f"[unused{n}]" for n in range(1, 100) if tokenizer.library.token_to_id(f"[unused{n}]")), None)
+        mend = (f"use {free}, or " if free else "") + "add --grow-vocab"
+        raise InputError(f"--line-break {brief(token, 40)}", "is no token of this model", mend)
+
+
 def _lost(store: TokenStore) -> Iterator[str]:
-    """What of the text is not trained on, a line each: poems that were cut, and [UNK] where it is more than a token in a hundred."""
+    """What a person should know of the text, a line each: how it was read, what does not look like poems, poems that were cut, and [UNK]
+    where it is more than a token in a hundred."""
     counts = store.manifest["counts"]
+    yield from store.manifest.get("look", {}).get("notes", ())
+    if odd := odd_in_short(store):
+        yield odd
     if counts["truncated"]:
         yield f"poems that were cut to {store.max_length} tokens: {counts['truncated']:,}"
     if counts["unknown"] > 0.01 * counts["tokens"]:
@@ -156,7 +195,12 @@ def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Va
 
 
 def _open_store(
-    config: TrainConfig, source: Path, tokenizer: PoemTokenizer, shape: GPT2Config, voice: Voice
+    config: TrainConfig,
+    source: Source,
+    ready: TokenStore | None,
+    tokenizer: PoemTokenizer,
+    shape: GPT2Config,
+    voice: Voice,
 ) -> TokenStore:
     """The token store of the run's text, made if need be."""
     longest = shape.n_positions
@@ -164,21 +208,20 @@ def _open_store(
         raise InputError(
             f"--max-length {config.max_length}", f"the model has {longest} positions", f"use at most {longest}"
         )
-    if is_store(source):
-        store = TokenStore.open(source)
+    if (store := ready) is not None:
+        made = {"max_length": store.max_length, **store.manifest["source"]}
+        for name in ("max_length", "convert", "field", "line_break", "clean", "whole"):
+            wanted, was = getattr(config, name), made.get(name)
+            if wanted not in (None, False, "none", was):
+                flag = f"--{name.replace('_', '-')} {'' if wanted is True else wanted}".strip()
+                how = "without it" if was in (None, False) else f"with {was}"
+                raise InputError(flag, f"the store was prepared {how}", "prepare the text again, or drop the flag")
         if (store.fingerprint, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
-            raise InputError(source, "was made with another tokenizer", "prepare the text again with this --model")
-        made = {"max_length": store.max_length, "convert": store.manifest["source"].get("convert") or "none"}
-        for name, wanted in (("max_length", config.max_length), ("convert", config.convert)):
-            if wanted not in (None, "none", made[name]):
-                flag = f"--{name.replace('_', '-')} {wanted}"
-                raise InputError(
-                    flag, f"the store was prepared with {made[name]}", "prepare the text again, or drop the flag"
-                )
+            raise InputError(store.path, "was made with another tokenizer", "prepare the text again with this --model")
         if store.buckets[-1].length > longest:
             reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
-            raise InputError(source, reason, f"prepare the text again with --max-length {longest}")
-        with voice.phase(f"checking {source}"):
+            raise InputError(store.path, reason, f"prepare the text again with --max-length {longest}")
+        with voice.phase(f"checking {store.path}"):
             store.verify()
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
@@ -192,7 +235,6 @@ def _open_store(
             cache_dir=cache,
             max_length=config.max_length or min(512, longest),
             buckets=config.buckets or 32,
-            convert=None if config.convert == "none" else config.convert,
         )
     voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
     return store
