@@ -89,6 +89,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
         voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
+    # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
+    hub.refuse_too_large(shape, given.model_folder, 28, "to train")
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     dtype, why = _choose_precision(config, device, computed, store, out)
     varlen, about_attention = _choose_attention(config, device, dtype, shape.n_embd // shape.n_head)
@@ -160,8 +162,6 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
 def _model(config: TrainConfig, shape: GPT2Config, varlen: Varlen | None, source: Path, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
-    # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
-    hub.refuse_too_large(shape, source, 28, "to train")
     model = GPT2(shape, varlen)
     if config.from_scratch:
         model.initialise(config.seed)
