@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import re
 import shlex
+import signal
 import sys
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -35,7 +36,8 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
     """Train. The settings are the flags of `python -m fastpoem.train`, with underscores.
 
     Raises `fastpoem.errors.InputError` for what cannot work, naming the thing, the reason and the mend. Ctrl-C finishes the step, writes a
-    checkpoint and then raises KeyboardInterrupt; `fit(out=…, resume=True)` goes on from there.
+    checkpoint and then raises KeyboardInterrupt; `fit(out=…, resume=True)` goes on from there. SIGTERM and SIGHUP do the same, but the run
+    is returned, with `stopped_by`.
     """
     if sys.platform == "win32":
         raise InputError("fastpoem", "runs on Linux and macOS", "on Windows use WSL 2")
@@ -59,11 +61,12 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
     except signals.Stopped as error:
         stopped = error
     finally:
-        if stop.signal is not None:  # Ctrl-C is KeyboardInterrupt now: what follows in a notebook does not begin
+        # Whoever listened before hears of it now. Python's answer to Ctrl-C is KeyboardInterrupt: what follows in a notebook does not begin.
+        if stop.signal is not None and (stop.signal == signal.SIGINT or run is None):
             signals.deliver(stop.signal)
-    if stopped is not None:  # whoever listens to the signal has not ended anything
-        raise stopped
-    assert run is not None
+    if run is None:
+        assert stopped is not None
+        raise stopped  # who listened before has not ended anything
     return run
 
 
@@ -101,7 +104,8 @@ def _word(found: re.Match[str]) -> str:
     word = value.strip(" ,;.)")
     if word and (word in kind.choices or (kind.base is not str and re.fullmatch(r"[0-9.e-]+", word))):
         return f"{name}={word!r}".replace("'", "" if kind.base is not str else "'") + value[1 + len(word) :]
-    return name + value
+    before = found.string[: found.start()]
+    return f"{name}=…{value}" if before.endswith("with ") and not word.startswith("…") else name + value
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from fastpoem import signals
 from fastpoem.errors import Ended, InputError
-from fastpoem.signals import Stopped
 
 Config = TypeVar("Config")
 HELP = ("-h", "--help")
@@ -46,7 +45,7 @@ def begin() -> None:
     if sys.platform == "win32":
         print("fastpoem: fastpoem runs on Linux and macOS; on Windows use WSL 2", file=sys.stderr)
         sys.exit(2)
-    signals.listen(answer=True)
+    signals.listen(command=True)
 
 
 def kinds(cls: type) -> dict[str, Kind]:
@@ -176,7 +175,7 @@ def _named(cls: type, known: dict[str, Kind], flag: str) -> tuple[str, bool]:
         return positive, True
     flags = [flag_of(prefix + one) for one in known for prefix in ("", "no_") if not prefix or known[one].base is bool]
     near = _nearest("--" + flag.lstrip("-").replace("_", "-"), flags)
-    raise InputError(flag[:80], "no such flag", f"did you mean {near}?" if near else MENDED)
+    raise InputError(flag.replace("_", "-")[:80], "no such flag", f"did you mean {near}?" if near else MENDED)
 
 
 def _nearest(word: str, words: Sequence[str]) -> str | None:
@@ -231,11 +230,10 @@ def _leave_if_told() -> None:
     """Where a signal was noted: say so, and end the process then and there, whatever still runs in other threads."""
     if (number := signals.noted()) is None:
         return
-    with contextlib.suppress(OSError, AttributeError):  # None where it was closed
-        print(f"fastpoem: {Stopped(number)}", file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stdout.flush()
-    os._exit(128 + number)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # None where it was closed
+            stream.flush()
+    signals.leave(number)
 
 
 def _nobody_reads() -> bool:

@@ -3,7 +3,8 @@
 Raising from a handler would raise wherever the program happens to be: inside a library's import, which then swallows it, ends half
 imported, or aborts the process. So nothing here raises but `ask`, which stands between the stages of an import, between blocks of a text,
 between checks, and in every loop of ours. What may last long and asks nothing (a download) runs beside us: `waiting`. Training asks by
-`StopRequest`: it finishes its step and writes a checkpoint.
+`StopRequest`: it finishes its step and writes a checkpoint. While a command only imports, which takes half a minute on busy cores, nothing
+can be lost and there is nothing to tidy: there the handler itself ends the process, without raising.
 
 A second signal ends the process then and there. One that comes within a moment of the first is the same request: `timeout` sends to the
 process and to its group, a terminal that closes is announced by the shell and by the kernel.
@@ -20,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 MOMENT = 0.1  # seconds; nobody presses Ctrl-C twice within it
 AGAIN = "(again: stop now)"
@@ -29,7 +30,9 @@ Result = TypeVar("Result")
 _noted: int | None = None
 _since = 0.0
 _before: dict[int, Any] = {}  # whose turn it was before we listened; empty while we do not
+_a_command = False  # the process is ours to end
 _on_a_terminal = False  # whether the handler may answer there
+_importing = False  # and does nothing else
 
 
 class Stopped(KeyboardInterrupt):
@@ -46,11 +49,14 @@ def heeded() -> list[int]:
     return [signal.SIGINT, signal.SIGTERM, *(one for one in hangup if signal.getsignal(one) != signal.SIG_IGN)]
 
 
-def listen(*, answer: bool = False) -> None:
-    """Note these signals from now on, for the rest of the process. answer: say on a terminal, at once, that one was heard."""
-    global _on_a_terminal
-    with suppress(OSError):  # a descriptor that is closed by now may be a file of ours later
-        _on_a_terminal = answer and sys.stderr is not None and os.isatty(2)
+def listen(*, command: bool = False) -> None:
+    """Note these signals from now on. command: for the rest of the process, and on a terminal it is said at once that one was heard."""
+    global _a_command, _on_a_terminal
+    if command:
+        _a_command = True
+        _on_a_terminal = sys.stderr is not None and os.isatty(
+            2
+        )  # None where it is closed: 2 may be a file of ours later
     if not _before and _in_the_main_thread():  # elsewhere Python allows no handlers
         for number in heeded():
             _before[number] = signal.signal(number, _note)
@@ -68,6 +74,8 @@ def _leave() -> None:
 def _note(number: int, frame: FrameType | None) -> None:
     """The handler. It must not touch a lock, which the code that it interrupts may hold: no printing, no events."""
     global _noted, _since
+    if _importing:
+        leave(number)
     if _noted is None:
         _noted, _since = number, time.monotonic()
         if _on_a_terminal:
@@ -100,10 +108,23 @@ def ask() -> None:
 
 def imported(*modules: str) -> None:
     """Import these one after another, asking between them: each may take seconds."""
+    global _importing
     for name in modules:
         ask()
-        importlib.import_module(name)
+        _importing = _a_command
+        try:
+            importlib.import_module(name)
+        finally:
+            _importing = False
     ask()
+
+
+def leave(number: int) -> NoReturn:
+    """End the process then and there, whatever still runs in other threads, with the line and the code of a signal."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            os.write(2, f"fastpoem: {Stopped(number)}\n".encode())
+    os._exit(128 + number)
 
 
 def waiting(call: Callable[[], Result]) -> Result:

@@ -20,13 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import fastpoem
-from fastpoem.config import RANGES
+from fastpoem.config import RANGES, from_kwargs
 from fastpoem.corpus.manifest import sealed
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 from fastpoem.generate import sample
 from fastpoem.model.hub import BUNDLED
+from fastpoem.run.fit import fit as run_fit
 from tests.runs import settings, tiny_data, tiny_model
 
 POEM = "春江潮水连海平，海上明月共潮生。"
@@ -43,11 +44,11 @@ def base(tmp_path_factory):
 
 
 def refused(base, out: Path, **changes) -> str:
-    """The line that fit refuses these settings with, in seconds and without a trace on the disk."""
-    begin = time.perf_counter()
+    """The line that training refuses these settings with, in seconds and without a trace on the disk."""
+    begin = time.process_time()  # busy cores would count on the clock
     with pytest.raises(InputError) as refusal:
-        fastpoem.fit(**settings(base, out=str(out)) | changes)
-    assert time.perf_counter() - begin < 10
+        run_fit(from_kwargs(**settings(base, out=str(out)) | changes))
+    assert time.process_time() - begin < 10
     assert not out.exists()
     line = str(refusal.value)
     assert "\n" not in line and refusal.value.reason and refusal.value.mend
@@ -379,7 +380,7 @@ def test_paths_that_cannot_be(base, tmp_path, monkeypatch, name, value, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError) as refusal:
         fastpoem.fit(**settings(base) | {name: value})
-    assert str(refusal.value).startswith(f"--{name.replace('_', '-')} '") and says in str(refusal.value)
+    assert str(refusal.value).startswith(f"{name}='") and says in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -486,7 +487,7 @@ def test_checkpoints_on_another_disk(base, tmp_path):
     if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second file system: here /dev/shm is none")
     (tmp_path / "checkpoints").symlink_to(memory)
-    with pytest.raises(InputError, match="checkpoints: is on another disk; put the whole run there with --out"):
+    with pytest.raises(InputError, match="checkpoints: is on another disk; put the whole run there with out="):
         fastpoem.fit(**settings(base, out=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 

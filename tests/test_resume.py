@@ -22,6 +22,7 @@ from fastpoem.model.hub import BUNDLED
 from fastpoem.run import fit as fit_module
 from fastpoem.run import loop as loop_module
 from fastpoem.run.fit import assembled
+from fastpoem.run.fit import fit as run_fit
 from fastpoem.run.loop import Diverged, Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
@@ -105,7 +106,7 @@ def test_a_signal_while_validating_saving_or_exporting(base, untouched, tmp_path
                 return inner(*given)
 
             patch.setattr(module, name, outer)
-            run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=number > 0))
+            run = run_fit(from_kwargs(**settings(base, out=str(tmp_path / "run"), resume=number > 0)))
         assert run.stopped_by == signal.SIGINT
     assert run.model.is_dir()  # an export that has begun is finished
     fastpoem.fit(**settings(base, out=str(tmp_path / "run"), resume=True))
@@ -200,7 +201,7 @@ def test_a_recipe_may_be_spelled_out_on_resume(base, tmp_path):
     run = fastpoem.fit(**settings(base, out=out, **RECIPES["notebook"], max_steps=5, resume=True))
     assert [row["step"] for row in run.metrics if "event" not in row] == [1, 2, 3, 4, 5]
     with pytest.raises(InputError, match="batching was pad, is bucket"):
-        fastpoem.fit(**settings(base, out=out, max_steps=6, resume=True))
+        fastpoem.fit(**settings(base, out=out, max_steps=6, batching="bucket", resume=True))
 
 
 def test_resuming_needs_no_weights_of_the_first_model(base, tmp_path, monkeypatch):

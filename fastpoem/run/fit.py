@@ -198,8 +198,6 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
 def _model(config: TrainConfig, given: Given, varlen: Varlen | None, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
-    # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
-    hub.refuse_too_large(given.shape, given.model_folder, 28, "to train")
     model = GPT2(given.shape, varlen)
     if config.from_scratch:
         model.initialise(config.seed)

@@ -72,8 +72,10 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         mend = "use a tokenizer and a model that belong together, or draw rows for the others with --grow-vocab"
         raise InputError(model_folder, reason, mend)
     goes_on = config.resume and config.out is not None and bool(checkpoint.listed(Path(config.out).expanduser()))
-    if not config.from_scratch and not goes_on:  # before the text is read, which may take minutes
-        hub.refuse_too_large(shape, model_folder, 28, "to train")
+    # Before the text is read, which may take minutes. 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but
+    # the gradient.
+    hub.refuse_too_large(shape, model_folder, 28, "to train")
+    if not config.from_scratch and not goes_on:
         hub.check_weights(shape, model_folder)
     known = min(rows, tokenizer.vocab_size)
     if config.grow_vocab:
