@@ -76,7 +76,9 @@ def test_what_is_not_wholly_of_an_encoding_is_refused(tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=150)
 @given(
-    st.lists(st.text("春江花月夜明何时照我还，。不人一山风无日云\u3000 ab1", min_size=1, max_size=30), min_size=1, max_size=9),
+    st.lists(
+        st.text("春江花月夜明何时照我还，。不人一山风无日云\u3000 ab1", min_size=1, max_size=30), min_size=1, max_size=9
+    ),
     st.sampled_from(["gb18030", "utf-16"]),
     st.integers(2, 50),
 )
@@ -110,7 +112,9 @@ def test_archives(tmp_path: Path) -> None:
     broken = io.BytesIO()
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("a.json", '["春", 夏]')
-    assert "broken.zip/a.json, line 1: is malformed JSON" in refusal(written(tmp_path / "broken.zip", broken.getvalue()))
+    assert "broken.zip/a.json, line 1: is malformed JSON" in refusal(
+        written(tmp_path / "broken.zip", broken.getvalue())
+    )
 
 
 @pytest.mark.parametrize(
@@ -254,13 +258,22 @@ def test_a_folder_reads_what_its_files_read_alone(tmp_path: Path) -> None:
         "全唐诗/authors.json": json.dumps([{"name": "李白", "desc": "…"}, {"name": "杜甫"}]),
         "README.md": "# x", "readme.txt": "不读", "images/a.png": "png", "images/b.png": "png",
         ".git/config.json": '["不"]', ".hidden.txt": "不", "package.json": '{"name": "x"}',
-        "old/manifest.json": '{"format": "%s"}' % FORMAT, "old/a.txt": "不", "runs/a/metrics.jsonl": '{"text": "不"}',
+        "old/manifest.json": json.dumps({"format": FORMAT}), "old/a.txt": "不", "runs/a/metrics.jsonl": '{"text": "不"}',
         "runs/a/config.json": "{}", "runs/a/model/vocab.txt": "不", "model/config.json": "{}", "model/vocab.txt": "不",
     }.items():  # fmt: skip
         written(folder / name, content)
     found, notes = taken(folder)
     assert found == alone and len(alone) == 8
-    for part in ("2 .png", "1 .md", "1 readme.txt", "1 hidden folder", "1 token store", "1 run", "1 model", "1 hidden file"):
+    for part in (
+        "2 .png",
+        "1 .md",
+        "1 readme.txt",
+        "1 hidden folder",
+        "1 token store",
+        "1 run",
+        "1 model",
+        "1 hidden file",
+    ):
         assert part in notes
     assert "3 items without a poem were passed over: package.json, authors.json" in notes
     for name, why in (("old", "token store"), ("runs/a", "run"), ("model", "model")):

@@ -46,7 +46,15 @@ def test_titles_stanzas_and_scripts_only_where_they_are_odd() -> None:
 
 def test_a_frame_in_the_text_is_not_set_twice_and_other_tokens_are_counted() -> None:
     look = Look()
-    lines = ["[CLS]春江。[SEP]", "[CLS] 春江。 [SEP]", "春江。[SEP]", "[CLS]春江。", "[CLS][SEP]", PLAIN, "春[SEP]江[MASK]。[UNK]"]
+    lines = [
+        "[CLS]春江。[SEP]",
+        "[CLS] 春江。 [SEP]",
+        "春江。[SEP]",
+        "[CLS]春江。",
+        "[CLS][SEP]",
+        PLAIN,
+        "春[SEP]江[MASK]。[UNK]",
+    ]
     special = ["[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]"]
     assert look.at(lines, ("[CLS]", "[SEP]"), special) == ["春江。"] * 4 + [PLAIN, "春[SEP]江[MASK]。[UNK]"]
     assert look.found["framed"] == 5 and look.poems == 6
@@ -76,16 +84,22 @@ def test_what_is_cleaned(before: str, after: str) -> None:
     assert bool(+look.removed) == (before != after)
 
 
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.text("春江，。 \u3000ab（）()[]【】&<>;nbsp1□\u200b", min_size=1, max_size=30).map(str.strip).filter(bool), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=150)
+@given(
+    st.lists(
+        st.text("春江，。 \u3000ab（）()[]【】&<>;nbsp1□\u200b", min_size=1, max_size=20).map(str.strip).filter(bool),
+        min_size=1,
+        max_size=6,
+    )
+)
 def test_cleaning_only_takes_away_and_what_is_clean_stays(lines: list[str]) -> None:  # fmt: skip
     look = Look()
     once = look.cleaned(lines)
     assert all(line == line.strip() != "" for line in once)
-    again = Look()
-    if "&" not in "".join(lines):  # what an entity spells may spell another
+    if not {*"&<"} & {
+        *"".join(lines)
+    }:  # what an entity spells may spell another, and a tag between words leaves a space
         left = iter("".join(lines))
         assert all(char in left for char in "".join(once))
-        look = Look()
-        look.at(once)
-        assert again.cleaned(again.cleaned(once)) == again.cleaned(once)
+    twice = look.cleaned(once)
+    assert look.cleaned(twice) == twice or "&" in "".join(lines)
