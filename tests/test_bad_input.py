@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertTokenizer
 
 import fastpoem
 from fastpoem.config import RANGES, from_kwargs
 from fastpoem.corpus.manifest import sealed
+from fastpoem.corpus.source import Source
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
@@ -60,13 +62,15 @@ TEXTS = {  # name, content -> what the line says
     ("empty.txt", b""): "empty.txt: holds no poem: it is empty or blank",
     ("blank.txt", " \n\n\t\u3000\n".encode()): "blank.txt: holds no poem",
     ("binary.txt", bytes(range(256)) * 40): "NUL byte, so it is binary",
-    ("gb.txt", (f"{POEM}\n" * 20).encode("gb18030")): "gb.txt, line 1: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 gb.txt > utf8.txt",
+    ("mixed.txt", (f"{POEM}\n" * 20).encode() + (f"{POEM}\n" * 20).encode("gb18030")): "mixed.txt, line 21: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 mixed.txt > utf8.txt",
     ("cut.txt", f"{POEM}\n{POEM}".encode()[:-1]): "cut.txt, line 2: ends inside a character, so it was cut",
     ("latin.txt", "caf\u00e9 au lait\n".encode("latin-1")): "latin.txt, line 1: is not UTF-8",
-    ("utf16.txt", (f"{POEM}\n" * 9).encode("utf-16")): "looks like UTF-16",
+    ("utf16.txt", (f"{POEM}\n" * 9).encode("utf-16")[:-1]): "not UTF-16 either",
+    ("a.tar.gz", b"x"): "is a .tar file, which is not read; unpack it with tar xf",
+    ("a.csv", "id,verse\n1,春\n".encode()): "has the columns id, verse, none of a known name; name the one that holds the poems with --field",
     ("bad.jsonl", f'"{POEM}"\n"{POEM}"\n{{"text": '.encode()): "bad.jsonl, line 3: is malformed JSON",
     ("bad.json", f'["{POEM}",\n "{POEM}"\n "x"]'.encode()): "bad.json, line 3: is malformed JSON",
-    ("object.json", b'{"a": 1}'): "line 1: is not a JSON list",
+    ("object.json", b'{"a": 1}'): "line 1: item 1 is not a poem: it has 'a', not",
     ("cut.txt.gz", gzip.compress(POEM.encode() * 99)[:-20]): "cut.txt.gz: cannot be read",
     ("plain.txt.xz", POEM.encode()): "plain.txt.xz: cannot be read",
     ("hungry.txt.xz", lzma.compress(POEM.encode(), filters=[{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 30}])): "Memory usage limit exceeded); compress it with xz -9 or less",
@@ -91,7 +95,7 @@ def test_texts(base, tmp_path, name, content):
 
 def test_a_folder_or_a_device_for_a_text(base, tmp_path):
     (tmp_path / "folder").mkdir()
-    assert "without *.json files" in refused(base, tmp_path / "run", data=str(tmp_path / "folder"))
+    assert "is an empty folder" in refused(base, tmp_path / "run", data=str(tmp_path / "folder"))
     assert "/dev/null: is not a regular file" in refused(base, tmp_path / "run", data="/dev/null")
     assert "cannot be a path" in refused(base, tmp_path / "run", data="x" * 5000)
 
@@ -602,12 +606,51 @@ def test_what_training_will_not_see_is_said(base, tmp_path, capsys):
     assert "[UNK]" not in (said := capsys.readouterr().out) and "were cut" not in said
 
 
+def test_text_of_other_kinds_is_trained_on_and_said(base, tmp_path, capsys):
+    """A list of poems, several files, a table in GB18030 with line breaks: one corpus, and what is odd in it is said in lines."""
+    lines = "".join(f'{n},"{POEM}\n{POEM}"\n' for n in range(30))
+    (tmp_path / "a.csv").write_bytes(("题,内容\n" + lines).encode("gb18030"))
+    (tmp_path / "b.txt").write_text(f"[CLS]{POEM}[SEP]\n" * 20 + "春 江[UNK]\n", encoding="utf-8")
+    common = settings(base, max_steps=2) | dict(data=[str(tmp_path / "a.csv"), tmp_path / "b.txt"], line_break="亩")
+    run = fastpoem.fit(**common, out=str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    for part in ("51 poems of a.csv and 1 more", "read as GB18030: a.csv", "taken from '内容' of a.csv", "kept as 亩 in 30 poems",
+                 "20 came with the tokenizer's own frame", "[UNK] stands in the text 1 times"):  # fmt: skip
+        assert part in said
+    config = json.loads((run.model / "tokenizer_config.json").read_text())
+    assert config["line_break_token"] == "亩" and config["tokenizer_class"] == "BertTokenizer"
+    tokenizer = PoemTokenizer.load(run.model)
+    theirs = BertTokenizer.from_pretrained(run.model)
+    assert (
+        tokenizer.line_break == "亩"
+        and tokenizer.encode([f"{POEM}亩春"], 64)[0].tolist() == theirs(f"{POEM}亩春")["input_ids"]
+    )
+    # The model keeps its line breaks where it is trained further, and a store made with them is taken as it is.
+    more = common | dict(line_break=None, model=str(run.model), from_scratch=False)
+    fastpoem.fit(**more, out=str(tmp_path / "more"))
+    assert "kept as 亩 in 30 poems" in capsys.readouterr().out
+    store = prepare_store(
+        Source((tmp_path / "a.csv",), line_break="亩"), PoemTokenizer.load(base / "model", "亩"), tmp_path / "store"
+    )
+    fastpoem.fit(**common | dict(data=str(store.path), line_break=None), out=str(tmp_path / "stored"))
+    assert "line_break_token" in (tmp_path / "stored/model/tokenizer_config.json").read_text()
+    assert "the store was prepared with 亩" in refused(base, tmp_path / "no", data=str(store.path), line_break="亮")
+    assert "--whole: the store was prepared without it" in refused(
+        base, tmp_path / "no", data=str(store.path), whole=True
+    )
+    assert "is a token store, which stands alone" in refused(
+        base, tmp_path / "no", data=[store.path, tmp_path / "b.txt"]
+    )
+    new = dict(line_break="[lb]", from_scratch=False, model=str(run.model))
+    assert "--line-break '[lb]': is no token of this model; " in refused(base, tmp_path / "no", **new)
+
+
 def test_the_command_says_it_in_one_line(base, tmp_path):
-    (tmp_path / "gb.txt").write_bytes((POEM + "\n").encode("gb18030") * 30)
+    (tmp_path / "gb.txt").write_bytes((POEM + "\n").encode("gb18030") * 30 + b"\xff")
     done, seconds = command("--data", "gb.txt", "--model", str(base / "model"), "--device", "cpu", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and seconds < 20
     assert done.stderr == (
-        "fastpoem: gb.txt, line 1: is not UTF-8 but looks like GB18030; convert it: iconv -f GB18030 -t UTF-8 gb.txt > utf8.txt\n"
+        "fastpoem: gb.txt, line 31: the file is not UTF-8, and from here on not GB18030 either; get the whole file, or convert it to UTF-8\n"
     )
     assert not (tmp_path / "runs").exists()
 

@@ -84,10 +84,10 @@ def test_what_is_cleaned(before: str, after: str) -> None:
     assert bool(+look.removed) == (before != after)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(
     st.lists(
-        st.text("春江，。 \u3000ab（）()[]【】&<>;nbsp1□\u200b", min_size=1, max_size=30).map(str.strip).filter(bool),
+        st.text("春江，。 \u3000ab（）()[]【】&<>;nbsp1□\u200b", min_size=1, max_size=20).map(str.strip).filter(bool),
         min_size=1,
         max_size=6,
     )
@@ -96,10 +96,10 @@ def test_cleaning_only_takes_away_and_what_is_clean_stays(lines: list[str]) -> N
     look = Look()
     once = look.cleaned(lines)
     assert all(line == line.strip() != "" for line in once)
-    again = Look()
-    if "&" not in "".join(lines):  # what an entity spells may spell another
+    if not {*"&<"} & {
+        *"".join(lines)
+    }:  # what an entity spells may spell another, and a tag between words leaves a space
         left = iter("".join(lines))
         assert all(char in left for char in "".join(once))
-        look = Look()
-        look.at(once)
-        assert again.cleaned(again.cleaned(once)) == again.cleaned(once)
+    twice = look.cleaned(once)
+    assert look.cleaned(twice) == twice or "&" in "".join(lines)

@@ -21,7 +21,7 @@ from tokenizers import processors
 from fastpoem.corpus import make
 from fastpoem.corpus.manifest import FORMAT, MANIFEST, ROW_MAP, VERSION, sealed
 from fastpoem.corpus.source import Source
-from fastpoem.corpus.store import TokenStore, cached_store, is_store, prepare_store, summarise
+from fastpoem.corpus.store import TokenStore, cached_store, is_store, odd_in_short, prepare_store, summarise
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 
@@ -148,6 +148,58 @@ def test_the_summary_tells_what_matters(tmp_path: Path, tokenizer: PoemTokenizer
     summary = "\n".join(summarise(prepare_store(source, tokenizer, tmp_path / "store", max_length=50)))
     for part in ("3 (1 duplicates, 1 blank lines skipped, 1 cut to 50 tokens)", "龘 4", "[UNK]      4", "up to    50"):
         assert part in summary
+
+
+def test_the_summary_tells_what_does_not_look_like_poems(tmp_path: Path, tokenizer: PoemTokenizer) -> None:
+    lines = ["春江 花月。", "春1。", "春江。", "[CLS]花月。[SEP]", "花[SEP]月。"]
+    store = prepare_store(text(tmp_path / "a.txt", lines), tokenizer, tmp_path / "store")
+    summary = "\n".join(summarise(store))
+    for part in (
+        "look       1 (20.0%) came with the tokenizer's own frame, which was not set twice, such as [CLS]花月。[SEP]",
+        "1 (20.0%) have spaces inside, such as 春江 花月。",
+        "1 (20.0%) have digits, such as 春1。",
+        "special tokens in the text: [SEP] 1",
+    ):
+        assert part in summary
+    assert store[3].tolist() == tokenizer.encode(["花月。"], 9)[0].tolist()
+    short = odd_in_short(store)
+    assert short is not None and short.startswith("of 5 poems ") and "[SEP] stands in the text 1 times" in short
+    (tmp_path / "b.json").write_text(json.dumps([{"text": "春\n江"}, {"text": "花"}]))
+    said = "\n".join(summarise(prepare_store(tmp_path / "b.json", tokenizer, tmp_path / "json")))
+    assert "text       the lines of 1 poems were joined" in said
+    with pytest.raises(InputError, match="holds no poem, only the tokenizer's own frame"):
+        prepare_store(text(tmp_path / "c.txt", ["[CLS][SEP]", "[CLS]"]), tokenizer, tmp_path / "none")
+
+
+def test_framed_text_gives_the_store_of_the_poems(tmp_path: Path, tokenizer: PoemTokenizer) -> None:
+    lines = [line for line in verses(200) if len(line) > 1]
+    plain = prepare_store(text(tmp_path / "a.txt", lines), tokenizer, tmp_path / "a")
+    framed = prepare_store(text(tmp_path / "b.txt", [f"[CLS]{line}[SEP]" for line in lines]), tokenizer, tmp_path / "b")
+    assert framed.identity == plain.identity
+
+
+def test_long_poems_are_cut_whole(tmp_path: Path, tokenizer: PoemTokenizer) -> None:
+    source = text(
+        tmp_path / "a.txt", ["春江花月。明何时照我还一。二三四五。", "春江花月明何时照我还一二三四五", "春。"]
+    )
+    store = prepare_store(Source((source,), whole=True), tokenizer, tmp_path / "store", max_length=10)
+    assert store[0].tolist() == tokenizer.encode(["春江花月。"], 10)[0].tolist()
+    assert store[1].tolist() == tokenizer.encode(["春江花月明何时照"], 10)[0].tolist()
+    assert store.manifest["counts"]["truncated"] == 2 and store.manifest["source"]["whole"] is True
+    plain = prepare_store(source, tokenizer, tmp_path / "plain", max_length=10)
+    assert len(plain[0]) == 10 and plain.identity != store.identity
+
+
+def test_a_store_of_the_version_before(tmp_path: Path, small: TokenStore) -> None:
+    older = copied(small, tmp_path / "older")
+    manifest = json.loads((older / MANIFEST).read_text())
+    for key in ("look", "checksum"):
+        del manifest[key]
+    (older / MANIFEST).write_bytes(sealed(manifest | {"version": 1}))
+    store = TokenStore.open(older)
+    store.verify()
+    assert store.identity == small.identity  # so a run of that time goes on
+    assert len(summarise(store)) >= 6 and odd_in_short(store) is None
 
 
 def test_the_real_corpus_is_padded_little(tmp_path: Path) -> None:

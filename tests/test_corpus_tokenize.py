@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastpoem.corpus.pipeline import line_break_of, with_line_break
 from fastpoem.corpus.read import read_blocks
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
@@ -317,6 +318,80 @@ def test_transformers_is_not_imported(tmp_path: Path) -> None:
         "sys.exit(bool({'transformers', 'torch'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+BREAKS = {"[unused1]": ["[unused1]"], "/": ["/"], "[lb]": [], "春": []}
+
+
+@pytest.mark.parametrize("token", BREAKS)
+@pytest.mark.parametrize("name", ["plain", "extra", "decoder", "legacy"])
+def test_a_token_for_line_breaks(tmp_path: Path, token: str, name: str) -> None:
+    """Named by a flag or by the folder, in the vocabulary or new, it is the one that transformers makes of the folder's key."""
+    folder = folder_of(tmp_path, name, [*SMALL_VOCAB, *BREAKS[token]])
+    ours = PoemTokenizer.load(folder, token)
+    files = {path.name: path.read_bytes() for path in ours.files}
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for file, content in (files | with_line_break(files, token)).items():
+        (saved / file).write_bytes(content)
+    theirs, again = reference(saved), PoemTokenizer.load(saved)
+    assert ours.line_break == again.line_break == line_break_of(saved) == token
+    assert ours.fingerprint == again.fingerprint != PoemTokenizer.load(folder).fingerprint
+    lines = [
+        f"江花，{token}月夜。{token}{token}明",
+        f"{token}江{token}",
+        f"ab{token}ab 江{token}É",
+        f"江{token}[SEP]b,{token}花月",
+    ]
+    for max_length in (2, 5, 64):
+        assert_same(ours, theirs, lines, max_length)
+        assert_same(again, theirs, [line + "\ufdd2" for line in lines], max_length)
+    if name == "plain" and token != "春":
+        assert ours.encode(lines[:2], 64)[2].by_library == 0  # a corpus of such poems stays as fast as any
+
+
+@pytest.mark.parametrize("token", ["", " ", "a b", "[SEP]", "[CLS]", "[UNK]", "[PAD]", "[MASK]"])
+def test_what_cannot_stand_for_a_line_break(tmp_path: Path, token: str) -> None:
+    with pytest.raises(InputError, match="--line-break"):
+        PoemTokenizer.load(folder_of(tmp_path, "plain"), token or " ")
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.text("春江花月ab，。！；」”/éx\u0301", min_size=1, max_size=40), min_size=1, max_size=5),
+    st.sampled_from([2, 3, 5, 9, 20]),
+)
+def test_whole_sentences(whole_pair: tuple[PoemTokenizer, PoemTokenizer], lines: list[str], max_length: int) -> None:
+    """What is cut ends where a sentence or a line does, if one fits; the table and the library agree where that is."""
+    fast, slow = whole_pair
+    assert slow._table is None
+    ids, lengths, stats = fast.encode(lines, max_length, whole=True)
+    other = slow.encode(lines, max_length, whole=True)
+    assert ids.tolist() == other[0].tolist() and stats.truncated == other[2].truncated
+    cut, full = fast.encode(lines, max_length), fast.encode(lines, 65535)
+    for mine, plain, all_of_it in zip(
+        *(np.split(x[0], np.cumsum(x[1])[:-1]) for x in ((ids, lengths), cut, full)), strict=True
+    ):
+        assert mine[-1] == fast.sep_id and mine[:-1].tolist() == plain[: len(mine) - 1].tolist()
+        if len(all_of_it) <= max_length:
+            assert mine.tolist() == all_of_it.tolist()
+            continue
+        names = [fast.library.id_to_token(int(one)) for one in all_of_it]
+        ends = [
+            place for place in range(2, len(plain)) if names[place] == "/" or names[place - 1] in ("。", "！", "；")
+        ]
+        if not ends:
+            assert mine.tolist() == plain.tolist()
+        else:
+            assert names[len(mine) - 1] == "/" or names[len(mine) - 2] in ("。", "！", "；", "」", "”")
+
+
+@pytest.fixture(scope="module")
+def whole_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[PoemTokenizer, PoemTokenizer]:
+    folder = folder_of(tmp_path_factory.mktemp("whole"), "plain", [*SMALL_VOCAB, "；", "”", "/"])
+    fast, slow = PoemTokenizer.load(folder, "/"), PoemTokenizer.load(folder, "/")
+    slow._table = None
+    return fast, slow
 
 
 @needs_shared

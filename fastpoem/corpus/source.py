@@ -141,7 +141,7 @@ def look_up(path: Path) -> Found:
 
 def _folder(root: Path) -> Found:
     if why := ours(root):
-        raise InputError(root, f"is {why}, not poems", "name the text that it was made from")
+        raise InputError(root, f"is a {why}, not poems", "name the text that it was made from")
     found = Found([], folder=True)
     for path in sorted(_walk(root, found.passed)):
         name = path.name.lower()

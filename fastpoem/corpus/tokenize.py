@@ -223,7 +223,7 @@ class PoemTokenizer:
         index = None if self.line_break is None else self.library.token_to_id(self.line_break)
         last = [  # the last character of each token, nothing where that goes on in the next one
             BREAK_MARK if one == index else line[end - 1] if end and (after is None or after[0] >= end) else " "
-            for one, (_, end), after in zip(inner.tolist(), spans, [*spans[1:], None], strict=True)
+            for one, (_, end), after in zip(inner.tolist(), spans, [*spans, None][1:], strict=True)
         ]
         beyond = encoding.overflowing[0].ids[head : head + 1]
         last += [BREAK_MARK if beyond == [index] else " "]
