@@ -147,7 +147,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
         pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
         shapes = _shapes(order, feed)
-        with voice.phase("getting the step ready: compiling, recording"):
+        with voice.phase("compiling and recording the step" if device.type == "cuda" else "getting the step ready"):
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
         ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(

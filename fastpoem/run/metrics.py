@@ -250,7 +250,7 @@ def _rounded(amount: float) -> str:
     if amount < 999.5:
         return f"{amount:.0f}"
     unit, size = ("k", 1e3) if amount < 999.5e3 else ("M", 1e6)
-    return f"{amount / size:.3g}{unit}"
+    return f"{amount / size:#.3g}".rstrip(".") + unit
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
