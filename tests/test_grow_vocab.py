@@ -81,7 +81,9 @@ def test_every_character_is_one_id_for_us_and_for_transformers(tmp_path, variant
     assert grown(before, chars).fingerprint == tokenizer.fingerprint != before.fingerprint
     new = range(before.vocab_size, tokenizer.vocab_size)
     assert len(new) == len(chars) > 4
-    assert [tokenizer.library.encode(char, add_special_tokens=False).ids for char in chars] == [[one] for one in new]
+    beside = {tokenizer.library.token_to_id(" ")}  # of the variant where spaces are a token
+    for char, index in zip(chars, new, strict=True):
+        assert [i for i in tokenizer.library.encode(char, add_special_tokens=False).ids if i not in beside] == [index]
     for row in RARE:
         ids = tokenizer.encode([row], 99)[0].tolist()
         assert tokenizer.unk_id not in ids
@@ -93,7 +95,7 @@ def test_every_character_is_one_id_for_us_and_for_transformers(tmp_path, variant
         assert tokenizer.library.token_to_id(token) == before.library.token_to_id(token)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(st.lists(line, min_size=1, max_size=4))
 def test_whatever_a_text_holds_the_table_and_the_library_agree_and_old_ids_stay(lines):
     before = PoemTokenizer.load(hub.BUNDLED / "model")

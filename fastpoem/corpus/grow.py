@@ -56,7 +56,9 @@ def grown(tokenizer: PoemTokenizer, chars: Iterable[str]) -> PoemTokenizer:
             if "added_tokens_decoder" in config:
                 config["added_tokens_decoder"][str(words[char])] = token
     # The library numbers added tokens anew, by the size of the vocabulary, unless they are words of it too: so all are, without a gap.
-    names = [library.id_to_token(index) or f"[unused-{index}]" for index in range(tokenizer.vocab_size)]
+    recorded = {index: token.content for index, token in library.get_added_tokens_decoder().items()}  # not normalized
+    known = (recorded.get(index) or library.id_to_token(index) for index in range(tokenizer.vocab_size))
+    names = [name or f"[unused-{index}]" for index, name in enumerate(known)]
     if by_words:
         vocab = saved["model"]["vocab"]
         taken = {*vocab.values()}
