@@ -105,7 +105,7 @@ def _first_paragraph(panel: str) -> str:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 1 for Ended,
-    128 + N for signal N; bugs keep their traceback. Output that nobody reads any more ends it quietly, with 0.
+    128 + N for signal N; bugs keep their traceback.
 
     A second signal ends the process at once.
     """
@@ -125,11 +125,6 @@ def run_command(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot spell must not end a run
     try:
         code = main()
-        if sys.stdout is not None:  # None where it was closed
-            sys.stdout.flush()
-    except BrokenPipeError:  # who read the output has had enough, as `head` has
-        _to_nowhere()
-        code = 0
     except InputError as error:
         print(f"fastpoem: {error}", file=sys.stderr)
         code = 2
@@ -144,14 +139,3 @@ def run_command(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
         os._exit(128 + told[0])  # libraries that are half imported do not survive an orderly end
     sys.exit(code or 0)
-
-
-def _to_nowhere() -> None:
-    """What is still to be printed goes nowhere: flushed at the end, it would be told as an error."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-            continue
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(nowhere, stream.fileno())

@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 import fastpoem
 from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.corpus.tokenizer_files import never_ids, tokenizer_files
+from fastpoem.corpus.tokenizer_files import for_prompts, never_ids
 from fastpoem.errors import InputError
 from fastpoem.generate import main
 from fastpoem.generation import write as batches
@@ -45,7 +45,7 @@ POEMS = [
     "天增岁月人增寿[unused1]春满乾坤福满门",
     "月落,乌啼",
 ]  # a half-width comma in the last, as that text has it
-WORDS = "don ##on t worry be happy ' , . ( ) - [unused1] [unused2] 龍 龙".split()
+WORDS = [*"',.()-龍龙", "don", "t", "worry", "be", "happy", "[unused1]", "[unused2]"]
 ROWS = 7  # of the embedding that no token has
 
 
@@ -102,7 +102,9 @@ def loaded(folder: Path) -> tuple[GPT2, PoemTokenizer]:
 # What is memorised goes on
 
 
-@pytest.mark.parametrize("way", ["command", "generate", "sample", "pipeline", "TextGenerationPipeline", "BertTokenizer"])
+@pytest.mark.parametrize(
+    "way", ["command", "generate", "sample", "pipeline", "TextGenerationPipeline", "BertTokenizer"]
+)
 def test_a_memorised_poem_goes_on(run, base, capsys, way):
     for prompt, poem in [(one[:5], one) for one in POEMS[:2]]:
         if way == "command":
@@ -176,7 +178,7 @@ def test_what_no_text_is_made_of_is_never_written(run, drawn, tmp_path, who):
     shutil.copy(drawn / "model.safetensors", folder)
     if who == "older folder":
         (folder / GENERATION).unlink()
-    model, tokenizer = loaded(folder)
+    tokenizer = PoemTokenizer.load(folder)
     if who.startswith("transformers"):
         theirs = GPT2LMHeadModel.from_pretrained(folder)
         torch.manual_seed(0)
@@ -185,7 +187,9 @@ def test_what_no_text_is_made_of_is_never_written(run, drawn, tmp_path, who):
         ids = {one for row in written for one in itertools.takewhile(lambda one: one != 3, row)}
         assert any(3 in row for row in written)
     else:
-        seen: list[str] = [*poems(GenerateConfig(str(folder), count=64, top_k=0, temperature=3.0, seed=0, max_length=40))]
+        seen: list[str] = [
+            *poems(GenerateConfig(str(folder), count=64, top_k=0, temperature=3.0, seed=0, max_length=40))
+        ]
         assert len({len(one) for one in seen}) > 5  # they end
         library = tokenizer.library
         ids = {one for text in seen for one in library.encode(text, add_special_tokens=False).ids} - {1}
@@ -283,7 +287,9 @@ def test_any_number_of_poems_comes_as_it_is_written(drawn, monkeypatch):
     assert made == [3, 3]
 
 
-@pytest.mark.parametrize("words", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory", None])
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory", None]
+)
 def test_memory_that_runs_out(drawn, monkeypatch, words):
     """Smaller batches are tried; where one poem is too many, a line says so."""
     made = []
@@ -299,21 +305,19 @@ def test_memory_that_runs_out(drawn, monkeypatch, words):
     assert len(sample(drawn, count=32, max_length=5)) == 32
     assert made == [32, 16, 8, *[4] * 8]
     room = 0
-    with pytest.raises(InputError, match="cpu: has too little memory left for this model; use a smaller model or --max-length"):
+    with pytest.raises(
+        InputError, match="cpu: has too little memory left for this model; use a smaller model or --max-length"
+    ):
         sample(drawn, count=32, max_length=5)
 
 
-@pytest.mark.parametrize("many", [3, 100_000])
-def test_a_closed_pipe_ends_any_command_quietly(many):
-    code = f"from fastpoem.cli import run_command\nrun_command(lambda: [print('春' * 20) for _ in range({many})] and None)"
-    piped = ["bash", "-c", 'set -o pipefail; "$0" -c "$1" | true', sys.executable, code]
-    done = subprocess.run(piped, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_it_does_not_wait_for_transformers(drawn):
-    code = "import sys; from fastpoem.generate import main; main(sys.argv[1:]); assert 'transformers' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, "--model", drawn, "--prompt", "春"], capture_output=True, text=True)
+    code = (
+        "import sys; from fastpoem.generate import main; main(sys.argv[1:]); assert 'transformers' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--model", drawn, "--prompt", "春"], capture_output=True, text=True
+    )
     assert done.returncode == 0 and done.stdout.startswith("春"), done.stderr
 
 
@@ -341,16 +345,30 @@ def test_a_stopped_run_writes_with_its_newest_checkpoint(run, tmp_path):
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.lists(st.sampled_from([*"犁开昨夜雨，。 ,.'don龍ÉA\t", "[CLS]", "[SEP]", "[unused1]", "[UNK]", "don't", "ﷺ"]), max_size=12).map("".join))
+@given(
+    st.lists(
+        st.sampled_from([*"犁开昨夜雨，。 ,.'don龍ÉA\t", "[CLS]", "[SEP]", "[unused1]", "[UNK]", "don't", "ﷺ"]),
+        max_size=12,
+    ).map("".join)
+)
 @example("[CLS]犁开[SEP]")
 def test_every_tokenizer_of_the_folder_gives_training_s_ids(run, base, text):
     """BertTokenizer with its frame, AutoTokenizer with the beginning of it: what a pipeline makes of a prompt is to go on."""
     if not hasattr(run, "theirs"):
-        run.theirs = BertTokenizer.from_pretrained(base), BertTokenizer.from_pretrained(run.model), AutoTokenizer.from_pretrained(run.model)
+        run.theirs = (
+            BertTokenizer.from_pretrained(base),
+            BertTokenizer.from_pretrained(run.model),
+            AutoTokenizer.from_pretrained(run.model),
+        )
         run.ours = PoemTokenizer.load(base), PoemTokenizer.load(run.model)
     (before, bert, auto), ours = run.theirs, run.ours
     expected = before(text)["input_ids"]
-    assert bert(text)["input_ids"] == expected == ours[0].encode([text], 512)[0].tolist() == ours[1].encode([text], 512)[0].tolist()
+    assert (
+        bert(text)["input_ids"]
+        == expected
+        == ours[0].encode([text], 512)[0].tolist()
+        == ours[1].encode([text], 512)[0].tolist()
+    )
     assert [*auto(text)["input_ids"], bert.sep_token_id] == expected
     assert auto(text, add_special_tokens=False)["input_ids"] == expected[1:-1]
     assert ours[0].fingerprint == ours[1].fingerprint  # a store serves both
@@ -364,7 +382,11 @@ def test_transformers_folder_needs_no_argument(run):
     written = pipeline("text-generation", model=str(run.model))(["月", "开开开开"], num_return_sequences=8)
     assert len(written) == 2 and all(one["generated_text"] for poems in written for one in poems)
     config = json.loads((run.model / GENERATION).read_text())
-    assert config["max_length"] == 64 and (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (2, 3, 0)
+    assert config["max_length"] == 64 and (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+        2,
+        3,
+        0,
+    )
 
 
 def bytes_of_pairs(folder: Path, frame: bool = True) -> Path:
@@ -387,7 +409,8 @@ def bytes_of_pairs(folder: Path, frame: bool = True) -> Path:
 
 def test_a_tokenizer_of_bytes_keeps_its_spaces_and_begins_prompts_once(tmp_path):
     source = PoemTokenizer.load(bytes_of_pairs(tmp_path))
-    for name, content in tokenizer_files(source).items():
+    files = {"tokenizer_config.json": (tmp_path / "bytes/tokenizer_config.json").read_bytes()}
+    for name, content in for_prompts(files, source).items():
         (tmp_path / "bytes" / name).write_bytes(content)
     again, auto = PoemTokenizer.load(tmp_path / "bytes"), AutoTokenizer.from_pretrained(tmp_path / "bytes")
     assert again.fingerprint == source.fingerprint
@@ -432,7 +455,9 @@ def test_a_prompt_is_converted_as_the_text_was(run, tmp_path, monkeypatch, capsy
     monkeypatch.setitem(sys.modules, "opencc", None)
     assert sample(folder, "龍", seed=1)[0].startswith("龍")
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "the poems were converted by t2s, the prompt is not: OpenCC is not installed" in said
+    assert (
+        said.count("\n") == 1 and "the poems were converted by t2s, the prompt is not: OpenCC is not installed" in said
+    )
 
 
 def test_what_the_vocabulary_lacks_is_shown_and_named(run, capsys):
@@ -441,7 +466,10 @@ def test_what_the_vocabulary_lacks_is_shown_and_named(run, capsys):
 
 
 def test_prompts_without_room_and_odd_ones(run):
-    for prompt, says in (("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it"), ("a\nb", "on one line")):
+    for prompt, says in (
+        ("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it"),
+        ("a\nb", "on one line"),
+    ):
         with pytest.raises(InputError, match=says):
             run.generate(["犁", prompt])
     assert run.generate("犁" * 62)[0].startswith("犁" * 62)

@@ -89,11 +89,6 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def named_tokens(folder: Path) -> dict[str, str]:
-    """{"cls_token": "[CLS]", …}: the special tokens that a folder's files name. Raises InputError."""
-    return {name: _text(token) for name, token in _named(folder, tokenizer_config(folder))[0].items()}
-
-
 def _refuse_odd_ids(folder: Path, config: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raises InputError: the library takes memory for the largest id, and ends the process where there is too little."""
     vocab = saved["model"]["vocab"] if saved else {}

@@ -20,7 +20,7 @@ from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
-from fastpoem.corpus.tokenizer_files import never_ids, tokenizer_files
+from fastpoem.corpus.tokenizer_files import for_prompts, never_ids
 from fastpoem.corpus.vocabulary import numbering
 from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
@@ -39,7 +39,7 @@ from fastpoem.run.given import take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.signals import StopRequest
-from fastpoem.run.trained import newest_checkpoint
+from fastpoem.run.trained import model_of
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Run:
     def generate(self, prompt: str | Sequence[str] = "", **options: Any) -> list[str]:
         """Poems that begin with `prompt`, or with each of several; options as of `fastpoem.generation.poems.sample`: count, top_k, top_p,
         temperature, seed … A run that was stopped writes with its newest checkpoint. Raises InputError."""
-        return sample(self.model if self.stopped_by is None else newest_checkpoint(self.folder), prompt, **options)
+        return sample(model_of(self.folder, stopped=self.stopped_by is not None), prompt, **options)
 
 
 def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
@@ -131,7 +131,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
     beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
-    beside |= tokenizer_files(tokenizer, store.manifest["source"].get("convert"))
+    beside |= for_prompts(beside, tokenizer, store.manifest["source"].get("convert"))
     never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
     beside[GENERATION] = generation_config(special, never, shape.n_positions)
 
