@@ -54,9 +54,12 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, b
     config = _object(folder / "tokenizer_config.json")
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
-        raise InputError(
-            folder, "holds no tokenizer", "add the vocab.txt or tokenizer.json that the model was made with"
-        )
+        mend = "add the vocab.txt or tokenizer.json that the model was made with"
+        if (folder / "merges.txt").is_file() or any(folder.glob("*.model")):
+            mend = (
+                "load it with transformers' AutoTokenizer and save_pretrained, which makes its files a tokenizer.json"
+            )
+        raise InputError(folder, "holds no tokenizer", mend)
     kind = config.get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
     side = config.get("truncation_side", "right")
     if side not in ("left", "right"):
