@@ -70,7 +70,8 @@ class Scene:
                 "model_type": "gpt2",
                 "architectures": ["GPT2LMHeadModel"],
             }
-            hub.save_folder(folder, weights.state_dict(), config, PoemTokenizer.load(self.tokenizer).files)
+            files = PoemTokenizer.load(self.tokenizer).files
+            hub.write_folder(folder, weights.state_dict(), hub.companions(config, files))
         return folder
 
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(source, "is a token store already", "give it to fastpoem.train as it is")
     source_files(source)
     check_goal(out)
-    tokenizer = PoemTokenizer.load(resolve_folder(config.model))
+    tokenizer = PoemTokenizer.load(resolve_folder(config.model, weights=False))
     with Console(stderr=True).status("reading") as status:
         store = prepare_store(
             source,

@@ -43,11 +43,15 @@ def rows(run: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMINGS} for row in found]
 
 
-def assert_same(one: Path, other: Path) -> None:
-    """Rows, trained weights and the state in the newest checkpoints are the same, bit for bit."""
+def assert_same(one: Path, other: Path, *, settings: bool = True) -> None:
+    """Rows, the model's folder and the state in the newest checkpoints are the same, bit for bit; without `settings` but for what tells of
+    them."""
     assert rows(one) == rows(other)
-    for name in ("model/model.safetensors", "model/config.json", "model/vocab.txt"):
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    telling = set() if settings else {"README.md", "generation_config.json"}
+    beside = [{path.name for path in (run / "model").iterdir()} - telling for run in (one, other)]
+    assert beside[0] == beside[1] and {"model.safetensors", "config.json", "tokenizer_config.json"} <= beside[0]
+    for name in beside[0]:
+        assert (one / "model" / name).read_bytes() == (other / "model" / name).read_bytes(), name
     newest = [max((run / "checkpoints").iterdir()) for run in (one, other)]
     assert newest[0].name == newest[1].name
     states = [load_file(path / "optimizer.safetensors") for path in newest]

@@ -251,7 +251,7 @@ MODELS = {
     "a size of text": (lambda model: change(model / "config.json", n_embd="16"), "n_embd is '16'"),
     "a probability of NaN": (lambda model: change(model / "config.json", attn_pdrop=math.nan), "attn_pdrop is nan"),
     "an epsilon of infinity": (lambda model: change(model / "config.json", layer_norm_epsilon=math.inf), "layer_norm_epsilon is inf"),
-    "weights of NaN": (lambda model: save_file({"transformer.wte.weight": torch.full((1901, 16), math.nan)}, model / "model.safetensors"), "holds NaN or infinity"),
+    "weights of NaN": (lambda model: save_file(load_file(model / "model.safetensors") | {"transformer.wte.weight": torch.full((1901, 16), math.nan)}, model / "model.safetensors"), "holds NaN or infinity"),
     "integers": (lambda model: save_file({"transformer.wte.weight": torch.ones((1901, 16), dtype=torch.int64)}, model / "model.safetensors"), "is torch.int64"),
     "a bin of a list": (as_bin([1, 2, 3]), "something else than named tensors"),
     "a bin of numbers": (as_bin({"transformer.wte.weight": 3}), "something else than named tensors"),

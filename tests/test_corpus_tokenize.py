@@ -176,7 +176,7 @@ def test_a_tokenizer_saved_by_transformers_is_the_same(tmp_path: Path, name: str
         assert tokenizer.pad_id == theirs.pad_token_id
         assert tokenizer.unk_id == theirs.unk_token_id
     assert ours.vocab_size == 1 + max(theirs.get_vocab().values())
-    assert [file.name for file in again.files] == ["tokenizer.json", "tokenizer_config.json"]
+    assert [*again.files] == ["tokenizer.json", "tokenizer_config.json"]
 
 
 @pytest.mark.parametrize("added", ["<abcdefghijk>", ",.;:!?", "[abcdefghijk,.;:!?]"])
@@ -256,7 +256,7 @@ def test_the_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
 
 
 def test_another_pipeline_goes_to_the_library_whole(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     library = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "春": 4, "江": 5}, "<unk>"))
@@ -266,6 +266,7 @@ def test_another_pipeline_goes_to_the_library_whole(tmp_path: Path) -> None:
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs.backend_tokenizer.post_processor = processors.BertProcessing(("</s>", 2), ("<s>", 1))  # a poem ends
     ours = PoemTokenizer.load(tmp_path)
     assert (ours.pad_id, ours.cls_id, ours.sep_id) == (0, 1, 2)
     assert_same(ours, theirs, ["春 江 花", "江</s>江", "春 " * 40], 10)
@@ -275,7 +276,9 @@ def test_another_pipeline_goes_to_the_library_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "holds no tokenizer"),
+        ({}, "holds no tokenizer; add the vocab.txt"),
+        ({"vocab.json": "{}", "merges.txt": ""}, "holds no tokenizer; load it with transformers"),
+        ({"spiece.model": b"\0"}, "holds no tokenizer; load it with transformers"),
         ({"vocab.txt": ""}, "has no [UNK]"),
         ({"vocab.txt": "[PAD]\n[CLS]\n[SEP]\n春\n"}, "has no [UNK]"),
         ({"vocab.txt": b"\xff\xfe\x00"}, "cannot be loaded"),

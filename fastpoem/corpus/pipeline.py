@@ -3,8 +3,10 @@
 A `BertTokenizer` is *rebuilt* by transformers even where the folder holds a tokenizer.json: the vocabulary, the frame
 ([CLS] … [SEP]) and the added tokens come from that file, the normalizer from the flags of tokenizer_config.json
 (`BertTokenizer.__init__`, `TokenizersBackend.convert_to_native_format`, `PreTrainedTokenizerBase._from_pretrained`).
-A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would. A folder that training has
-left (`fastpoem.corpus.tokenizer_files`) says for transformers how prompts begin, and under NOTES how its poems were framed.
+A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would, but for the frame: a poem
+needs an end that the model can learn to write, so one that frames nothing (byte-level BPE) gets bos and eos round each poem.
+A folder that training has left (`fastpoem.corpus.tokenizer_files`) says for transformers how prompts begin, and under NOTES how its poems
+were framed.
 """
 
 import json
@@ -27,6 +29,7 @@ BERT_DEFAULTS = {
     "cls_token": "[CLS]",
     "mask_token": "[MASK]",
 }
+GPT2_END = "<|endoftext|>"  # bos and eos of GPT2Tokenizer, where a folder names none
 NAMED = ("bos_token", "eos_token", *BERT_DEFAULTS)  # in transformers' order, which gives new tokens their ids
 LARGEST_FILE = 1 << 28
 MOST_IDS = 1 << 24
@@ -34,7 +37,8 @@ MOST_IDS = 1 << 24
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """Ids of the special tokens. Where there is no [PAD], [CLS] or [SEP], its nearest kin: eos, bos, eos."""
+    """Ids of the special tokens. Where there is no [PAD], [CLS] or [SEP], its nearest kin: eos, bos (or eos), eos. `unk` is None where
+    nothing becomes it, or where it ends poems too, as GPT-2's <|endoftext|> does."""
 
     pad: int
     cls: int
@@ -42,8 +46,8 @@ class SpecialIds:
     unk: int | None
 
 
-def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path, ...]]:
-    """(tokenizer, special ids, truncation side, the files that define it). Raises InputError."""
+def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, dict[str, bytes]]:
+    """(tokenizer, special ids, truncation side, the files that define it by name, as a model folder should have them). Raises InputError."""
     if not folder.is_dir():
         raise InputError(folder, "is not a folder", "name a model folder with vocab.txt or tokenizer.json")
     files = tuple(folder / name for name in FILES if (folder / name).is_file())
@@ -54,9 +58,12 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
     trained = config.get(NOTES, {})
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
-        raise InputError(
-            folder, "holds no tokenizer", "add the vocab.txt or tokenizer.json that the model was made with"
-        )
+        mend = "add the vocab.txt or tokenizer.json that the model was made with"
+        if (folder / "merges.txt").is_file() or any(folder.glob("*.model")):
+            mend = (
+                "load it with transformers' AutoTokenizer and save_pretrained, which makes its files a tokenizer.json"
+            )
+        raise InputError(folder, "holds no tokenizer", mend)
     kind = (trained or config).get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
     side = config.get("truncation_side", "right")
     if side not in ("left", "right"):
@@ -68,13 +75,21 @@ def load_pipeline(folder: Path) -> tuple[Tokenizer, SpecialIds, str, tuple[Path,
             library, names = _bert(folder, config, saved, has_json)
         elif has_json:
             library = Tokenizer.from_str(json.dumps(saved | trained.get("trained", {})))
-            names, extra = _named(folder, config)
+            given, extra = _named(folder, config)
+            names = _ends(library, kind) | given
             _add(library, {}, names, extra)
         else:
             mend = "use BertTokenizer, or save the tokenizer with save_pretrained as tokenizer.json"
             raise InputError(folder, f"tokenizer class {kind} has no tokenizer.json", mend)
         library.encode_special_tokens = bool(config.get("split_special_tokens", False))
-        return library, _special_ids(folder, library, names), side, files
+        special = _special_ids(folder, library, names)
+        _frame(library, special)
+        kept = {path.name: path.read_bytes() for path in files}
+        complete = {"tokenizer_class": kind or "PreTrainedTokenizerFast"} | _ends(library, kind) | config
+        complete.pop("auto_map", None)  # code of a stranger's, which we did not run either
+        if complete != config:
+            kept["tokenizer_config.json"] = (json.dumps(complete, indent=2, ensure_ascii=False) + "\n").encode()
+        return library, special, side, {name: kept[name] for name in FILES if name in kept}
     except InputError:
         raise
     except Exception as error:  # the library raises bare Exception, of any wording, for files it cannot use
@@ -140,6 +155,21 @@ def _bert(
     return library, names
 
 
+def _ends(library: Tokenizer, kind: str | None) -> dict[str, AddedToken | str]:
+    """The names that GPT2Tokenizer has where its folder gives none."""
+    if kind not in (None, "GPT2Tokenizer", "GPT2TokenizerFast") or library.token_to_id(GPT2_END) is None:
+        return {}
+    return {"bos_token": GPT2_END, "eos_token": GPT2_END}
+
+
+def _frame(library: Tokenizer, special: SpecialIds) -> None:
+    """Have the library put the first and the last token round a text, where it does not already."""
+    ids = library.encode("").ids
+    if len(ids) < 2 or (ids[0], ids[-1]) != (special.cls, special.sep):
+        cls, sep = ((str(library.id_to_token(index)), index) for index in (special.cls, special.sep))
+        library.post_processor = processors.BertProcessing(sep, cls)
+
+
 def _add(library: Tokenizer, added: dict[int, AddedToken], names: dict[str, Any], extra: list[Any]) -> None:
     """Add what transformers adds, in its order: recorded tokens by id, then the named special ones, then the extra."""
     tokens = [added[index] for index in sorted(added)]
@@ -195,11 +225,12 @@ def _special_ids(folder: Path, library: Tokenizer, names: dict[str, Any]) -> Spe
         ids = (library.token_to_id(_text(names[name])) for name in wanted if names.get(name))
         return next((index for index in ids if index is not None), None)
 
-    pad, cls, sep = first("pad_token", "eos_token"), first("cls_token", "bos_token"), first("sep_token", "eos_token")
+    pad, cls = first("pad_token", "eos_token"), first("cls_token", "bos_token", "eos_token")
+    sep, unk = first("sep_token", "eos_token"), first("unk_token")
     if pad is None or cls is None or sep is None:
-        mend = "name pad_token, cls_token and sep_token in tokenizer_config.json"
+        mend = "name pad_token, cls_token and sep_token (or bos_token and eos_token) in tokenizer_config.json"
         raise InputError(folder, "its tokenizer has no padding, first or last token", mend)
-    return SpecialIds(pad, cls, sep, first("unk_token"))
+    return SpecialIds(pad, cls, sep, None if unk in (cls, sep) else unk)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -57,9 +57,9 @@ class EncodeStats:
 
 
 class PoemTokenizer:
-    """A tokenizer loaded without transformers. `fingerprint` names its vocabulary and rules, `files` what defines it."""
+    """A tokenizer loaded without transformers. `fingerprint` names its vocabulary and rules; `files` define it, in a model folder too."""
 
-    def __init__(self, library: Tokenizer, special: SpecialIds, truncation_side: str, files: tuple[Path, ...]) -> None:
+    def __init__(self, library: Tokenizer, special: SpecialIds, truncation_side: str, files: dict[str, bytes]) -> None:
         self.library, self.files, self.truncation_side = library, files, truncation_side
         self.pad_id, self.cls_id, self.sep_id, self.unk_id = special.pad, special.cls, special.sep, special.unk
         self.vocab_size: int = 1 + max(library.get_vocab(True).values())

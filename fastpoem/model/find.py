@@ -8,11 +8,13 @@ from fastpoem.errors import InputError
 from fastpoem.paths import given_path
 
 HUB_SECONDS = 10.0
-_WANTED = ["*.json", "vocab.txt", "*.safetensors", "pytorch_model.bin"]
+_SHAPE = ["*.json", "vocab.txt"]
+_WEIGHTS = ["*.safetensors", "pytorch_model*.bin"]
 
 
-def resolve_folder(name_or_dir: str) -> Path:
-    """The local folder of a model: itself, or the download of a Hugging Face name. Raises InputError where there is neither."""
+def resolve_folder(name_or_dir: str, *, weights: bool = True) -> Path:
+    """The local folder of a model: itself, or the download of a Hugging Face name, without its weights where only shape and tokenizer
+    are wanted. Raises InputError where there is neither."""
     folder = given_path("--model", name_or_dir)
     try:
         if (folder / "config.json").is_file():
@@ -27,13 +29,13 @@ def resolve_folder(name_or_dir: str) -> Path:
         raise InputError(
             name_or_dir, "no such folder", "check the path, or give a Hugging Face name such as owner/model"
         )
-    path = _fetch(name_or_dir)
+    path = _fetch(name_or_dir, _SHAPE + _WEIGHTS if weights else _SHAPE)
     if not (path / "config.json").is_file():
         raise InputError(name_or_dir, "its repository has no config.json", "name a GPT-2 model in Hugging Face format")
     return path
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, wanted: list[str]) -> Path:
     """The folder of a Hugging Face name, from the hub, or from its cache where the hub does not answer in time."""
     from huggingface_hub import HfApi, constants, snapshot_download
 
@@ -43,7 +45,7 @@ def _fetch(name: str) -> Path:
     except Exception as error:  # the library raises a dozen kinds: no network, no such name, gated, offline mode
         refusal = error
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, local_files_only=refusal is not None))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=refusal is not None))
     except Exception as error:
         reason = f"it could not be fetched from the hub at {constants.ENDPOINT} ({type(refusal or error).__name__})"
         mend = "check the name and the network, set HF_ENDPOINT to a mirror, or give --model a folder fetched elsewhere"

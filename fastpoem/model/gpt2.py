@@ -44,6 +44,13 @@ class GPT2Config:
     scale_attn_by_inverse_layer_idx: bool = False
 
 
+def count_parameters(shape: GPT2Config) -> int:
+    """How many numbers a GPT-2 of this shape learns, known before any memory is taken."""
+    wide, inner = shape.n_embd, shape.n_inner or 4 * shape.n_embd
+    layer = 4 * wide + 4 * wide * (wide + 1) + inner * (wide + 1) + wide * (inner + 1)
+    return (shape.vocab_size + shape.n_positions) * wide + shape.n_layer * layer + 2 * wide
+
+
 class Affine(nn.Module):
     """x @ weight + bias, weight (in, out): what Hugging Face calls Conv1D."""
 

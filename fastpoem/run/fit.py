@@ -33,9 +33,11 @@ from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
 from fastpoem.model.flash import find_varlen, insist_on_flash, plain_attention, why_not_flash
 from fastpoem.model.gpt2 import GPT2, GPT2Config
+from fastpoem.model.grow import draw_rows
 from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import checkpoint, folder
-from fastpoem.run.given import take
+from fastpoem.run.card import model_card
+from fastpoem.run.given import Given, take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.signals import StopRequest
@@ -117,7 +119,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if varlen is not None and not trusted.varlen:
         varlen, about_attention = None, None
     goes_on = config.resume and bool(checkpoint.listed(out))
-    model = _model(config, shape, varlen, given.model_folder, goes_on=goes_on)
+    model = _model(config, given, varlen, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
     with enough_memory(config, device):
         model.to(device)
@@ -167,7 +169,18 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         def export(goal: Path) -> None:
             claim.hold()
             weights = dict(optimizer.named(optimizer.master))
-            hub.write_folder(goal, weights if narrowed is None else narrowed.widen(weights), beside)
+            card = model_card(
+                config,
+                given.hub_name,
+                identity["settings"],
+                store,
+                len(given.held),
+                shape,
+                tokenizer,
+                loop.metrics.rows,
+            )
+            whole = weights if narrowed is None else narrowed.widen(weights)
+            hub.write_folder(goal, whole, {**beside, "README.md": card})
 
         try:
             yield loop, export
@@ -175,15 +188,17 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             loop.close()
 
 
-def _model(config: TrainConfig, shape: GPT2Config, varlen: Varlen | None, source: Path, *, goes_on: bool) -> GPT2:
+def _model(config: TrainConfig, given: Given, varlen: Varlen | None, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
     # 4 bytes each: weights, gradient, two moments, and a checkpoint's copies of all but the gradient
-    hub.refuse_too_large(shape, source, 28, "to train")
-    model = GPT2(shape, varlen)
+    hub.refuse_too_large(given.shape, given.model_folder, 28, "to train")
+    model = GPT2(given.shape, varlen)
     if config.from_scratch:
         model.initialise(config.seed)
     elif not goes_on:
-        hub.load_weights(model, source)
+        hub.load_weights(model, given.model_folder, given.rows)
+        if given.fresh:
+            draw_rows(model.transformer.wte.weight, given.fresh, config.seed)
     return model
 
 

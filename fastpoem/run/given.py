@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastpoem.config import HUB_MODEL, TrainConfig
+from fastpoem.corpus.grow import grown, lacking
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, held_out_rows
-from fastpoem.corpus.read import source_files
+from fastpoem.corpus.read import read_blocks, source_files
 from fastpoem.corpus.store import TokenStore, cached_store, is_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.corpus.vocabulary import kept_ids
@@ -24,14 +25,18 @@ from fastpoem.generation.prompt import read
 from fastpoem.model import hub
 from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2Config
-from fastpoem.paths import user_cache
+from fastpoem.paths import given_path, user_cache
+from fastpoem.run import checkpoint
 from fastpoem.run.metrics import Voice
 
 
 class Given(NamedTuple):
     model_folder: Path
+    hub_name: str | None  # None: a folder of the user's
     shape: GPT2Config  # with the dropout that was asked for
     raw_config: dict[str, Any]  # the model's config.json
+    rows: int  # of the embedding in the model's weights
+    fresh: range  # ids that the model's weights have no rows for: they are drawn
     tokenizer: PoemTokenizer
     store: TokenStore
     held: np.ndarray  # rows held out for validation, sorted int64
@@ -45,16 +50,27 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     if not is_store(source):
         source_files(source)  # raises for what is not there
     name = config.model or (HUB_MODEL if config.data else str(hub.BUNDLED / "model"))
-    model_folder = resolve_folder(name)
+    model_folder = resolve_folder(name, weights=not config.from_scratch)
+    hub_name = None if model_folder == given_path("--model", name) else name
     shape, raw_config = hub.read_config(model_folder)
     if config.dropout is not None:
         shape = dataclasses.replace(
             shape, embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout
         )
-    tokenizer = PoemTokenizer.load(model_folder)
-    if tokenizer.vocab_size > shape.vocab_size:
-        reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {shape.vocab_size}"
-        raise InputError(model_folder, reason, "use a tokenizer and a model that belong together")
+    tokenizer, rows = PoemTokenizer.load(model_folder), shape.vocab_size
+    if tokenizer.vocab_size > rows and not config.from_scratch and not config.grow_vocab:
+        reason = f"its tokenizer has {tokenizer.vocab_size} ids, its embedding {rows}"
+        mend = "use a tokenizer and a model that belong together, or draw rows for the others with --grow-vocab"
+        raise InputError(model_folder, reason, mend)
+    goes_on = config.resume and config.out is not None and bool(checkpoint.listed(Path(config.out).expanduser()))
+    if not config.from_scratch and not goes_on:  # before the text is read, which may take minutes
+        hub.refuse_too_large(shape, model_folder, 28, "to train")
+        hub.check_weights(shape, model_folder)
+    known = min(rows, tokenizer.vocab_size)
+    if config.grow_vocab:
+        tokenizer = _grown(config, source, tokenizer, voice)
+    fresh = range(known, tokenizer.vocab_size)
+    shape = dataclasses.replace(shape, vocab_size=max(rows, tokenizer.vocab_size))
 
     if config.sample is not None:
         tokens = len(read(tokenizer, config.sample))  # as generate counts them
@@ -69,7 +85,26 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     except InputError as error:
         raise InputError(source, f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
-    return Given(model_folder, shape, raw_config, tokenizer, store, held, order, ids)
+    return Given(model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, held, order, ids)
+
+
+def _grown(config: TrainConfig, source: Path, tokenizer: PoemTokenizer, voice: Voice) -> PoemTokenizer:
+    """`tokenizer` with ids for the characters of the text that it lacks: the same ones whenever it is asked about the same text."""
+    if is_store(source):
+        if TokenStore.open(source).manifest["counts"]["unknown"]:
+            raise InputError(
+                "--grow-vocab", f"{source} holds ids and no text any more", "give the text itself as --data"
+            )
+        return tokenizer
+    chars = lacking(tokenizer, read_blocks(source, convert=None if config.convert == "none" else config.convert))
+    if not chars:
+        voice.say("--grow-vocab: the vocabulary lacks no character of the text")
+        return tokenizer
+    found = grown(tokenizer, chars)
+    shown = f"{' '.join(chars[:12])}{' …' if len(chars) > 12 else ''}"
+    added = found.vocab_size - tokenizer.vocab_size
+    voice.say(f"--grow-vocab: {added:,} characters that the vocabulary lacks get ids and rows: {shown}")
+    return found
 
 
 def _lost(store: TokenStore) -> Iterator[str]:
@@ -79,7 +114,8 @@ def _lost(store: TokenStore) -> Iterator[str]:
         yield f"poems that were cut to {store.max_length} tokens: {counts['truncated']:,}"
     if counts["unknown"] > 0.01 * counts["tokens"]:
         often = " ".join(text for text, _ in store.manifest["unknown"][:8])
-        yield f"{counts['unknown'] / counts['tokens']:.1%} of the tokens are [UNK], characters that the vocabulary lacks: {often} …"
+        share = f"{counts['unknown'] / counts['tokens']:.1%} of the tokens are [UNK]"
+        yield f"{share}, characters that the vocabulary lacks: {often} …; --grow-vocab adds them"
 
 
 def _open_store(
