@@ -1,7 +1,6 @@
 """RUN/model and the folders of others: complete without a word from anybody, and read whatever their weights are called."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
