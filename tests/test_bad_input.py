@@ -27,7 +27,7 @@ from fastpoem.corpus.source import Source
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
-from fastpoem.generate import sample
+from fastpoem.generation.poems import sample
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run.fit import fit as run_fit
 from tests.runs import settings, tiny_data, tiny_model
@@ -386,12 +386,6 @@ def test_paths_that_cannot_be(base, tmp_path, monkeypatch, name, value, says):
         fastpoem.fit(**settings(base) | {name: value})
     assert str(refusal.value).startswith(f"{name}='") and says in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_prompt_that_the_vocabulary_lacks(base, capsys):
-    (poem,) = sample(base / "run/model", "春鱻", seed=1)
-    assert poem.startswith("春")
-    assert capsys.readouterr().err == "fastpoem: 春鱻: no poem shows 鱻, which the vocabulary lacks\n"
 
 
 def test_names_that_are_not_utf8(base, tmp_path):

@@ -277,7 +277,9 @@ def test_another_pipeline_goes_to_the_library_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
-        ({}, "holds no tokenizer"),
+        ({}, "holds no tokenizer; add the vocab.txt"),
+        ({"vocab.json": "{}", "merges.txt": ""}, "holds no tokenizer; load it with transformers"),
+        ({"spiece.model": b"\0"}, "holds no tokenizer; load it with transformers"),
         ({"vocab.txt": ""}, "has no [UNK]"),
         ({"vocab.txt": "[PAD]\n[CLS]\n[SEP]\n春\n"}, "has no [UNK]"),
         ({"vocab.txt": b"\xff\xfe\x00"}, "cannot be loaded"),

@@ -1,7 +1,6 @@
 """RUN/model and the folders of others: complete without a word from anybody, and read whatever their weights are called."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 
@@ -329,6 +328,4 @@ def test_the_card_tells_what_the_model_is_and_its_call_works(base, tmp_path, mon
     code = card.split("```python\n")[1].split("```")[0].replace("THIS_FOLDER", str(run.model))
     scope: dict = {}
     exec(code, scope)
-    written = scope["poem"][0].tolist()
-    assert written[:2] == [2, scope["tokenizer"].convert_tokens_to_ids("春")] and 3 not in written[:-1]
-    assert len(written) <= 64 and math.isfinite(sum(written))
+    assert scope["poem"].startswith("春") and "[" not in scope["poem"] and len(scope["poem"]) > 1

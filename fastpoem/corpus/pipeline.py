@@ -5,11 +5,11 @@ A `BertTokenizer` is *rebuilt* by transformers even where the folder holds a tok
 (`BertTokenizer.__init__`, `TokenizersBackend.convert_to_native_format`, `PreTrainedTokenizerBase._from_pretrained`).
 A folder that names another class is taken as its tokenizer.json says, as `PreTrainedTokenizerFast` would, but for the frame: a poem
 needs an end that the model can learn to write, so one that frames nothing (byte-level BPE) gets bos and eos round each poem.
-A folder that training has left (`fastpoem.corpus.tokenizer_files`) says for transformers how prompts begin, and under NOTES how its poems were framed.
+A folder that training has left (`fastpoem.corpus.tokenizer_files`) says for transformers how prompts begin, and under NOTES how its poems
+were framed.
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +64,12 @@ def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenize
         config[LINE_BREAK] = line_break
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
     if not has_json and not has_vocab:
-        raise InputError(
-            folder, "holds no tokenizer", "add the vocab.txt or tokenizer.json that the model was made with"
-        )
+        mend = "add the vocab.txt or tokenizer.json that the model was made with"
+        if (folder / "merges.txt").is_file() or any(folder.glob("*.model")):
+            mend = (
+                "load it with transformers' AutoTokenizer and save_pretrained, which makes its files a tokenizer.json"
+            )
+        raise InputError(folder, "holds no tokenizer", mend)
     kind = (trained or config).get("tokenizer_class") or ("BertTokenizer" if has_vocab else None)
     side = config.get("truncation_side", "right")
     if side not in ("left", "right"):
@@ -78,7 +81,7 @@ def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenize
             library, names = _bert(folder, config, saved, has_json)
         elif has_json:
             library = Tokenizer.from_str(json.dumps(saved | trained.get("trained", {})))
-            given, extra = _named(config, _object(folder / "special_tokens_map.json"))
+            given, extra = _named(folder, config)
             names = _ends(library, kind) | given
             _add(library, {}, names, extra)
         else:
@@ -105,12 +108,6 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config.get(NOTES, {}), dict):
         raise InputError(folder / CONFIG, f"its {NOTES} is no JSON object", "fetch the model folder again")
     return config
-
-
-def named_tokens(files: Mapping[str, bytes]) -> dict[str, str]:
-    """{"cls_token": "[CLS]", …}: the special tokens that a tokenizer's files, content by name, give."""
-    config, legacy = (json.loads(files.get(name, b"{}")) for name in (CONFIG, "special_tokens_map.json"))
-    return {name: _text(token) for name, token in _named(config, legacy)[0].items()}
 
 
 def line_break_of(folder: Path) -> str | None:
@@ -143,7 +140,7 @@ def _bert(
     else:
         with spelled(folder / "vocab.txt") as name:
             vocab = WordPiece.read_file(name)
-    given, extra = _named(config, _object(folder / "special_tokens_map.json"))
+    given, extra = _named(folder, config)
     names = BERT_DEFAULTS | given
     added = _added(folder, config, saved, names)
     by_text = {_text(token): token for token in added.values()}
@@ -198,9 +195,9 @@ def _add(library: Tokenizer, added: dict[int, AddedToken], names: dict[str, Any]
     library.add_tokens(tokens)
 
 
-def _named(config: dict[str, Any], legacy: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """({"cls_token": "[CLS]", …}, extra special tokens) that tokenizer_config.json and special_tokens_map.json give, as text or AddedToken."""
-    legacy = {} if "added_tokens_decoder" in config else legacy
+def _named(folder: Path, config: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """({"cls_token": "[CLS]", …}, extra special tokens) that the folder's files give, as text or AddedToken."""
+    legacy = {} if "added_tokens_decoder" in config else _object(folder / "special_tokens_map.json")
     both = config | legacy
     names = {name: both[name] for name in both if name.endswith("_token") and isinstance(both[name], str | dict)}
     extra: list[Any] = []

@@ -12,32 +12,32 @@ tokenizer came with, and the conversion of the text.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, processors
 
-from fastpoem.corpus.pipeline import BERT_DEFAULTS, CONFIG, NOTES, named_tokens, tokenizer_config
+from fastpoem.corpus.pipeline import CONFIG, NOTES, tokenizer_config
 from fastpoem.corpus.tokenize import PoemTokenizer
 
+NEVER = ("[UNK]", "[PAD]", "[CLS]", "[MASK]", "<unk>", "<pad>", "<s>", "<mask>")  # whatever a folder calls them
 # Between CJK, full-width marks and anything no space stands: for transformers, whose BERT decoder sets one between all tokens.
 _WIDE = r"[\x{2e80}-\x{a4cf}\x{ac00}-\x{d7af}\x{f900}-\x{faff}\x{fe30}-\x{fe4f}\x{ff00}-\x{ffef}\x{20000}-\x{3ffff}]"
 
 
-def tokenizer_files(tokenizer: PoemTokenizer, convert: str | None = None) -> dict[str, bytes]:
-    """Content by name: what `tokenizer` was loaded from, made to begin prompts as its poems begin. convert: the OpenCC conversion of the
-    text, which prompts get too."""
-    found = dict(tokenizer.files)
-    config = json.loads(found[CONFIG]) if CONFIG in found else {}
+def for_prompts(files: Mapping[str, bytes], tokenizer: PoemTokenizer, convert: str | None = None) -> dict[str, bytes]:
+    """Of a model folder's files by name, those that are another's then: `tokenizer`, made to begin prompts as its poems begin. convert: the
+    OpenCC conversion of the text, which prompts get too."""
+    config = json.loads(files.get(CONFIG, b"{}"))
     library = json.loads(tokenizer.library.to_str())
     notes = {"tokenizer_class": config.get("tokenizer_class"), **config.get(NOTES, {}), "convert": convert}
     notes |= {"trained": {part: library[part] for part in ("post_processor", "decoder")}}
     config.pop("auto_map", None)  # code of a stranger's, which does not come along
     config |= {name: text for name, text in _names(tokenizer).items() if not config.get(name)}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", NOTES: notes}
-    found[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-    found["tokenizer.json"] = _beginning(tokenizer, library).encode()
-    return found
+    content = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return {CONFIG: content.encode(), "tokenizer.json": _beginning(tokenizer, library).encode()}
 
 
 def conversion_of(folder: Path) -> str | None:
@@ -49,9 +49,7 @@ def conversion_of(folder: Path) -> str | None:
 def never_ids(tokenizer: PoemTokenizer, rows: int) -> set[int]:
     """Ids that are in no poem's text, of an embedding of `rows`: unknown, padding, first, mask, and those without a token. Not the one that
     ends a poem, whatever else it is."""
-    names = named_tokens(tokenizer.files)
-    texts = [(BERT_DEFAULTS | names)[name] for name in ("mask_token", "unk_token", "pad_token", "cls_token")]
-    ids = [tokenizer.library.token_to_id(text) for text in [*texts, names.get("bos_token") or ""]]
+    ids = [tokenizer.library.token_to_id(text) for text in NEVER]
     ids += [tokenizer.unk_id, tokenizer.pad_id, tokenizer.cls_id]
     known = set(tokenizer.library.get_vocab(True).values())
     without = {one for one in range(rows) if one not in known}

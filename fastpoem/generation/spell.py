@@ -18,9 +18,9 @@ WIDE = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020
 _TIDY = (
     (re.compile(rf"(?<=[{WIDE}]) +| +(?=[{WIDE}])"), ""),
     (re.compile(r"(?<=([—…·])) +(?=\1)"), ""),  # one mark of two characters
-    (re.compile(r" +(?=[,.!?;:%)\]}](?!\w))"), ""),
+    (re.compile(r" +(?=[,.!?;:%)\]}])"), ""),
     (re.compile(r"(?<=[(\[{]) +"), ""),
-    (re.compile(r"(?<=\w) ?(['’-]) ?(?=\w)"), r"\1"),
+    (re.compile(r"(?<=[A-Za-z]) ?(['’-]) ?(?=[A-Za-z])"), r"\1"),
     (re.compile(r"(?<=\d) ?([.,:]) ?(?=\d)"), r"\1"),
 )
 

@@ -7,6 +7,7 @@ ended leave their batch.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 
@@ -44,13 +45,13 @@ def write(
     begun: ids that poems begin with, each shorter than `longest`. never: ids that are not written. Raises RuntimeError or MemoryError where
     memory is too short for a single poem.
     """
-    poems = [number for number in range(len(begun)) for _ in range(config.count if config.temperature else 1)]
-    rows, done = at_once(model.config, longest), 0
-    while done < len(poems):
-        batch = range(done, min(done + rows, len(poems)))
+    each = config.count if config.temperature else 1
+    rows, done, last = at_once(model.config, longest), 0, each * len(begun)
+    while done < last:
+        batch = range(done, min(done + rows, last))
         try:
             numbers = torch.stack([numbers_of(seed, poem, longest) for poem in batch])  # (B, longest)
-            written = _go_on(model, [begun[poems[poem]] for poem in batch], numbers, config, end, never, longest)
+            written = _go_on(model, [begun[poem // each] for poem in batch], numbers, config, end, never, longest)
         except (RuntimeError, MemoryError) as error:
             if rows == 1 or not ran_out(error):
                 raise
@@ -58,7 +59,7 @@ def write(
             continue
         done = batch.stop
         for poem in written:
-            yield from [poem] * (1 if config.temperature else config.count)  # without chance, all are the same
+            yield from itertools.repeat(poem, config.count // each)  # without chance, all are the same
 
 
 def ran_out(error: BaseException) -> bool:

@@ -37,16 +37,16 @@ tags:
 python -m fastpoem.generate --model THIS_FOLDER --prompt 春
 ```
 
-With transformers alone. A poem begins with `{cls}` and ends with `{sep}`, so a prompt takes the first and not the last:
+With transformers alone. A poem begins with `{cls}` and ends with `{sep}`; the tokenizer that `AutoTokenizer` loads here gives a prompt the
+first and not the last. One that gives both (`BertTokenizer`) makes a poem of the prompt that has ended already: with it, write
+`"{cls}春"` and `add_special_tokens=False`.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import pipeline
 
-tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")
-model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")
-prompt = tokenizer("{cls}春", add_special_tokens=False, return_tensors="pt").input_ids
-poem = model.generate(prompt, do_sample=True, top_k=50, max_length={longest})
-print(tokenizer.decode(poem[0], skip_special_tokens=True))
+write = pipeline("text-generation", model="THIS_FOLDER")
+poem = write("春", do_sample=True, top_k=50)[0]["generated_text"]
+print(poem)
 ```
 
 Made with fastpoem.
@@ -96,7 +96,6 @@ def model_card(
         table="\n".join(f"| {key} | {value} |" for key, value in table.items()),
         cls=text(tokenizer.cls_id),
         sep=text(tokenizer.sep_id),
-        longest=min(128, shape.n_positions),
     )
     return card.encode("utf-8", "replace")
 

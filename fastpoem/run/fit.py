@@ -20,7 +20,7 @@ from fastpoem.config import RATE_BY_WIDTH, TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder
 from fastpoem.corpus.store import TokenStore
-from fastpoem.corpus.tokenizer_files import never_ids, tokenizer_files
+from fastpoem.corpus.tokenizer_files import for_prompts, never_ids
 from fastpoem.corpus.vocabulary import numbering
 from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.build import build_step
@@ -135,8 +135,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             kernels=trusted.kernels,
         )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
-    files = tokenizer_files(tokenizer, store.manifest["source"].get("convert"))
-    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
+    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
+    beside |= for_prompts(beside, tokenizer, store.manifest["source"].get("convert"))
     never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
     beside[GENERATION] = generation_config(special, never, shape.n_positions)
 
