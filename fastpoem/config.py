@@ -164,7 +164,7 @@ class TrainConfig:
     keep: int = 3
     """Checkpoints to keep: the newest, and beside them the one with the lowest validation loss."""
     resume: bool = False
-    """Continue from the newest complete checkpoint in --out."""
+    """Continue from the newest complete checkpoint in --out. Settings that are not given are those the run was started with."""
     tensorboard: bool = False
     """Also write the curves for TensorBoard into the run's folder."""
     sample: str | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import importlib
 import inspect
 import json
 import os
@@ -76,6 +77,17 @@ def test_several_values_are_one_setting():
         ["--data", "a", "--data", "b", "c"],
     ):
         assert parse(TrainConfig, argv).data == ("a", "b", "c")
+
+
+@pytest.mark.parametrize("module, argv", [
+    ("fastpoem_kernels.aot", ["--out", "a", "--arch", "sm_80", "--arch=sm_90"]), ("benchmarks.report", ["x", "--out", "a", "--out", "b"]),
+    ("benchmarks.notebook", ["--lr", "1", "--lr", "2"]),
+])  # fmt: skip
+def test_twice_elsewhere(module, argv, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [module, *argv])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(module).main(*([argv] if "notebook" not in module else []))
+    assert end.value.code == 2 and ": given twice; give it once" in capsys.readouterr().err
 
 
 SAID = {
