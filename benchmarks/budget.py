@@ -8,8 +8,9 @@ is that of the captured graph, the same at every batch size.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
+
+from fastpoem_kernels.arguments import Parser
 
 from fastpoem.engine.checks import REAL
 from fastpoem.engine.machine import PEAKS, Peak
@@ -135,7 +136,7 @@ def sweep(card: Peak) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The budget of a training step on paper.")
+    parser = Parser(description="The budget of a training step on paper.")
     parser.add_argument("--gpu", choices=CARDS, action="append")
     for name in parser.parse_args().gpu or CARDS:
         card = CARDS[name]

@@ -10,7 +10,6 @@ embedding of [PAD] to every position.
 
 from __future__ import annotations
 
-import argparse
 import json
 import lzma
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastpoem_kernels.arguments import Parser
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -89,7 +89,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The notebook's training loop.")
+    parser = Parser(description="The notebook's training loop.")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--from-scratch", action="store_true")

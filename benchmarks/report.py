@@ -7,13 +7,14 @@ is compared on those that it has, and its row says which.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from fastpoem_kernels.arguments import Parser
 
 Row = dict[str, Any]  # extra_info and "seconds_median"
 US = "fastpoem"
@@ -213,9 +214,7 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.report", description="A table and charts of a run of the benchmarks."
-    )
+    parser = Parser(prog="python -m benchmarks.report", description="A table and charts of a run of the benchmarks.")
     parser.add_argument("file", type=Path, help="what --benchmark-json wrote")
     parser.add_argument("--out", type=Path, default=Path("docs/figures"), help="folder for the charts")
     given = parser.parse_args(arguments)

@@ -15,7 +15,6 @@ A run with a schedule says nothing halfway, so the fast recipe is run to the end
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastpoem_kernels.arguments import Parser
 from transformers import BertTokenizer
 
 import fastpoem
@@ -207,7 +207,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Validation loss against time.")
+    parser = Parser(description="Validation loss against time.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the task and time_to_quality.json")
     parser.add_argument(
         "--data", type=Path, default=Path(os.environ.get("FASTPOEM_SHARED", "../shared")) / "data/poems.txt.xz"

@@ -91,7 +91,7 @@ def _words(text: str) -> str:
         with contextlib.suppress(ValueError, InputError):
             given = read(TrainConfig, shlex.split(command))
             return f"{before}fastpoem.fit({', '.join(f'{name}={_short(value)}' for name, value in given.items())})"
-    return re.sub(r"--(no-)?([a-z][a-z_-]*)((?: \S+)?)", _word, text)
+    return re.sub(r"--(no-)?([a-z][a-z_-]*)((?: \S+)?)", _word, text).replace("the flag", "the setting")
 
 
 def _word(found: re.Match[str]) -> str:

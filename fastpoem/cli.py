@@ -18,6 +18,7 @@ from dataclasses import MISSING, fields
 from typing import Any, NamedTuple, TypeVar
 
 from fastpoem import signals
+from fastpoem.config import OTHER_NAMES
 from fastpoem.errors import Ended, InputError
 
 Config = TypeVar("Config")
@@ -120,7 +121,7 @@ def read(cls: type, args: Sequence[str]) -> dict[str, Any]:
             continue
         if not equals:
             text = next(rest, None)  # type: ignore[assignment]
-            if text is None or (text.startswith("--") and _is_a_flag(known, text)):
+            if text is None or text.startswith("--"):  # one that begins so is given with "="
                 raise InputError(flag, f"needs a value, {kind.words}", "see --help")
         value = converted(flag, kind, text)
         if kind.many:
@@ -161,11 +162,6 @@ def _is_number(arg: str) -> bool:
     return True
 
 
-def _is_a_flag(known: dict[str, Kind], arg: str) -> bool:
-    name = arg.removeprefix("--").partition("=")[0].replace("-", "_")
-    return name in known or name.removeprefix("no_") in known
-
-
 def _named(cls: type, known: dict[str, Kind], flag: str) -> tuple[str, bool]:
     """(field, whether it is said no to) of `--batch-size`, `--batch_size` or `--no-shuffle`. Raises InputError."""
     name = flag.removeprefix("--").replace("-", "_")
@@ -174,8 +170,12 @@ def _named(cls: type, known: dict[str, Kind], flag: str) -> tuple[str, bool]:
     if flag.startswith("--no") and (positive := name.removeprefix("no_")) in known and known[positive].base is bool:
         return positive, True
     flags = [flag_of(prefix + one) for one in known for prefix in ("", "no_") if not prefix or known[one].base is bool]
-    near = _nearest("--" + flag.lstrip("-").replace("_", "-"), flags)
-    raise InputError(flag.replace("_", "-")[:80], "no such flag", f"did you mean {near}?" if near else MENDED)
+    near, mend = _nearest("--" + flag.lstrip("-").replace("_", "-"), flags), MENDED
+    if near is not None:
+        mend = f"did you mean {near}?"
+    elif (other := OTHER_NAMES.get(_nearest(name, [*OTHER_NAMES]) or "")) in known:
+        mend = f"did you mean {flag_of(other)}? see --help"
+    raise InputError(flag.replace("_", "-")[:80], "no such flag", mend)
 
 
 def _nearest(word: str, words: Sequence[str]) -> str | None:

@@ -44,6 +44,31 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
+OTHER_NAMES = {  # what other programs call our settings, for who types that
+    "learning_rate": "lr",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "block_size": "max_length",
+    "max_seq_length": "max_length",
+    "output_dir": "out",
+    "model_name_or_path": "model",
+    "train_file": "data",
+    "dataset": "data",
+    "validation_file": "val_data",
+    "lr_scheduler_type": "schedule",
+    "warmup": "warmup_steps",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "save_total_limit": "keep",
+    "resume_from_checkpoint": "resume",
+    "early_stopping_patience": "patience",
+    "load_best_model_at_end": "best",
+    "bf16": "precision",
+    "fp16": "precision",
+}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about half a minute."""
@@ -141,7 +166,7 @@ class TrainConfig:
     keep: int = 3
     """Checkpoints to keep: the newest, and beside them the one with the lowest validation loss."""
     resume: bool = False
-    """Continue from the newest complete checkpoint in --out."""
+    """Continue from the newest complete checkpoint in --out. Settings that are not given are those the run was started with."""
     tensorboard: bool = False
     """Also write the curves for TensorBoard into the run's folder."""
     sample: str | None = None
@@ -264,8 +289,8 @@ def from_kwargs(**settings: Any) -> TrainConfig:
             settings[name] = as_paths(name, settings[name], settings.get("field"))
     for name, value in settings.items():
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            mend = f"did you mean {near[0]}?" if near else "see help(fastpoem.fit)"
+            near = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1, cutoff=0.6)
+            mend = f"did you mean {OTHER_NAMES.get(near[0], near[0])}?" if near else "see help(fastpoem.fit)"
             raise InputError(name[:80], "no such setting", mend)
         settings[name] = _coerce(name, value, str(known[name].type))
     base = with_defaults(TrainConfig(**settings))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastpoem.errors import InputError
 from fastpoem.paths import given_path
-from fastpoem.signals import ask, waiting
+from fastpoem.signals import imported, waiting
 
 HUB_SECONDS = 10.0
 _SHAPE = ["*.json", "vocab.txt"]
@@ -38,9 +38,9 @@ def resolve_folder(name_or_dir: str, *, weights: bool = True) -> Path:
 
 def _fetch(name: str, wanted: list[str]) -> Path:
     """The folder of a Hugging Face name, from the hub, or from its cache where the hub does not answer in time."""
+    imported("huggingface_hub")
     from huggingface_hub import HfApi, constants, snapshot_download
 
-    ask()
     refusal = None
     try:
         api = HfApi()

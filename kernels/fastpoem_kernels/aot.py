@@ -6,7 +6,6 @@ alignment hints and the constants are those a user gets. Each launch is compiled
 every access to global memory (from the SASS), the count of float64 operands (from the PTX), and the bytes a program moves.
 """
 
-import argparse
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from fastpoem_kernels import adamw_triton, loss_triton
+from fastpoem_kernels.arguments import Parser
 from fastpoem_kernels.dispatch import INTERPRETED
 
 ROWS, VOCABULARY, LARGE_VOCABULARY, PARAMETERS = (
@@ -175,7 +175,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastpoem_kernels.aot", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m fastpoem_kernels.aot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", default="sm_80,sm_90,sm_100", help="architectures, comma-separated")
     parser.add_argument("--out", type=Path, required=True, help="folder for .ptx, .cubin, .sass and resources.json")
     options = parser.parse_args(argv)
