@@ -22,8 +22,10 @@ from fastpoem.model.flash import why_not_flash
 PIECES = ("kernels", "attention", "compiled", "replay")
 
 
-def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """The report, as `--json` has it."""
+def examine(
+    device: torch.device, *, quick: bool, say: Callable[[str], None], between: Callable[[], None] = trust.nothing
+) -> dict[str, Any]:
+    """The report, as `--json` has it. between: called between its parts and while it waits; what it raises ends it."""
     gpu = device.type == "cuda"
     if not gpu:
         keep_freed_memory()
@@ -38,7 +40,8 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         say(f"checking {', '.join(dict.fromkeys(name.split()[0] for name in names))}")
         # on a CPU nothing that fails can spoil the process
         here = ((name, checks.run(name, device)) for name in names)
-        for name, records in trust.in_a_process(device, names) if gpu else here:
+        for name, records in trust.in_a_process(device, names, between=between) if gpu else here:
+            between()
             found[name] = records
             for record in records:
                 say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
@@ -46,6 +49,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
             trust.remember(trust.card(device), found)
     records = [record for some in found.values() for record in some]
 
+    between()
     say("measuring memory and matrix units")
     about, free = machine.describe(device), machine.memory(device)
     peak = machine.peak(about["name"]) if gpu else None
@@ -76,6 +80,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     lengths = trial.LENGTHS if gpu and not quick else trial.THIRDS
     trials = []
     for compiles, graphs in ((False, False), (False, True), (True, False), (True, True)) if gpu else ((False, False),):
+        between()
         form = " + ".join([*["compiled"] * compiles, *["graphs"] * graphs]) or "plain"
         if compiles and compiler is not None:
             trials.append(trial.Trial(form, note=compiler))
@@ -88,6 +93,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         trials.append(_tried(partial(trial.train, device, dtype, rounds=rounds, **options), form))
         say(f"  {form}: {_milliseconds(trials[-1].step_ms)}")
     notebook = None
+    between()
     if not quick:
         longest, rounds = (trial.LONGEST, 3) if gpu else (trial.MEAN, 1)
         notebook = _tried(partial(trial.notebook, device, longest=longest, rounds=rounds), "the notebook's loop")

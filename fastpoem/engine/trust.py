@@ -19,24 +19,30 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastpoem_kernels
 import torch
+from fastpoem_kernels import native
 from fastpoem_kernels.check import Record
 
 import fastpoem
 from fastpoem.config import TrainConfig
 from fastpoem.engine import checks
 from fastpoem.engine.compile import why_not_compile
-from fastpoem.engine.kernels import OURS, Kernels, choose_kernels
+from fastpoem.engine.kernels import OURS, PLAIN, Kernels, choose_kernels
 from fastpoem.errors import InputError
-from fastpoem.paths import user_cache
+from fastpoem.paths import keep_caches, user_cache
 
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
 PATIENCE = 600.0  # seconds that a process of checks may take
+
+
+def nothing() -> None:
+    """What is done between two moments of waiting where nobody wants to be asked."""
 
 
 class Trusted(NamedTuple):
@@ -56,15 +62,18 @@ def decide(
     vocabulary: int,
     say: Callable[[str], None],
     failed: Mapping[str, Failures] | None = None,
+    between: Callable[[], None] = nothing,
 ) -> Trusted:
-    """failed: what is known of each check (None: it is looked up, and what was never checked is checked now). Raises InputError for a
-    piece that `config` insists on and that failed."""
-    if device.type == "cpu":
-        return Trusted()
+    """failed: what is known of each check (None: it is looked up, and what was never checked is checked now). between: called often while
+    it is; what it raises ends that. Raises InputError for a piece that `config` insists on and that failed."""
+    if (
+        device.type != "cuda"
+    ):  # a CPU's form of a kernel is PyTorch's operators and C; elsewhere we have none of our own
+        return Trusted() if device.type == "cpu" else Trusted(kernels=PLAIN, compile=False, graphs=False)
     kind, packed = str(dtype)[6:], config.batching == "pack"
     compiles = config.compile != "off" and why_not_compile(device) is None
     names = checks.wanted(dtype, vocabulary=vocabulary, packed=packed, compiles=compiles, graphs=config.graphs != "off")
-    failed = look_up(device, names, say) if failed is None else failed
+    failed = look_up(device, names, say, between) if failed is None else failed
     suffix = f"{kind} packed" if packed else kind
     chosen = failed.get(names[0], {})
     kernels = choose_kernels(chosen, say)
@@ -94,7 +103,9 @@ def decide(
     return Trusted(kernels, sdpa, varlen, compile_it, graphs)
 
 
-def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Failures]:
+def look_up(
+    device: torch.device, names: Sequence[str], say: Callable[[str], None], between: Callable[[], None] = nothing
+) -> dict[str, Failures]:
     """What each check found on this card, now or at any time before."""
     if os.environ.get("FASTPOEM_ASSUME_CHECKED") == "1":
         return {}
@@ -108,7 +119,7 @@ def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], Non
             pieces = ", ".join(dict.fromkeys(name.split()[0] for name in missing))
             say(f"checking this GPU, once: {pieces} (a minute or two)")
             told = True
-        found = dict(in_a_process(device, missing))
+        found = dict(in_a_process(device, missing, between=between))
         remember(card(device), found)
         known |= {name: failures(records) for name, records in found.items()}
 
@@ -126,14 +137,14 @@ def failures(records: Sequence[Record]) -> Failures:
 
 
 def in_a_process(
-    device: torch.device, names: Sequence[str], patience: float = PATIENCE
+    device: torch.device, names: Sequence[str], patience: float = PATIENCE, between: Callable[[], None] = nothing
 ) -> Iterator[tuple[str, list[Record]]]:
     """Run checks apart from this process, and in another one after each that fails; yields (name, its records).
 
     Those that train and come after `kernels` do without the kernels that failed, which their names then say."""
     left = list(names)
     while left:
-        done, begun, ending = _one_process(device, left, patience)
+        done, begun, ending = _one_process(device, left, patience, between)
         unwilling = begun is None and not done
         if unwilling:
             done[left[0]] = [Record(left[0], False, note=f"{NOT_BEGUN}: {ending}")]
@@ -151,30 +162,34 @@ NOT_BEGUN = "the check could not begin"
 
 
 def _one_process(
-    device: torch.device, names: Sequence[str], patience: float
+    device: torch.device, names: Sequence[str], patience: float, between: Callable[[], None]
 ) -> tuple[dict[str, list[Record]], str | None, str]:
     """(records of the checks that ended, the one that was under way when the process ended, how it ended)."""
     roots = [str(Path(package.__file__ or "").parents[1]) for package in (fastpoem, fastpoem_kernels)]
     path = os.pathsep.join([*roots, *filter(None, [os.environ.get("PYTHONPATH")])])
     done: dict[str, list[Record]] = {}
     begun: str | None = None
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as printed:
         try:
-            ended = subprocess.run(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "fastpoem.engine.checks", str(device), *names],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=printed,
                 stderr=errors,
-                timeout=patience,
                 env={**os.environ, "PYTHONPATH": path},
-                check=False,
             )
-            output, code = ended.stdout, ended.returncode
+            try:
+                code = _ended(process, patience, between)
+            finally:
+                process.kill()  # nothing to one that has ended
+                process.wait()
             ending = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        except subprocess.TimeoutExpired as late:
-            output, ending = late.stdout or b"", f"had not ended after {patience:.0f} s"
+        except subprocess.TimeoutExpired:
+            ending = f"had not ended after {patience:.0f} s"
         except OSError as error:
-            output, ending = b"", f"could not be started: {error}"
+            ending = f"could not be started: {error}"
+        printed.seek(0)
+        output = printed.read()
         errors.seek(0)
         last = errors.read()[-4000:].decode(errors="replace").strip().splitlines()
     for line in output.decode(errors="replace").splitlines():
@@ -189,7 +204,25 @@ def _one_process(
     return done, begun, ending + (f" ({last[-1][:200]})" if last else "")
 
 
+def _ended(process: subprocess.Popen[bytes], patience: float, between: Callable[[], None]) -> int:
+    """Its exit code. Raises TimeoutExpired, and what `between` raises."""
+    late = time.monotonic() + patience
+    while True:
+        between()
+        try:
+            return process.wait(min(0.1, max(0.0, late - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            if time.monotonic() >= late:
+                raise
+
+
 # What is kept
+
+
+def keep_caches_in(folder: str | None) -> None:
+    """Have the verdicts, and all that compilers make, kept in `folder` (--cache-dir), None: in the user's cache."""
+    keep_caches(folder)
+    native.keep_in(None if folder is None else user_cache() / "native")
 
 
 def place() -> Path:
