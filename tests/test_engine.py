@@ -121,14 +121,29 @@ def test_a_scale_too_large_for_float16_is_halved_until_it_fits(chosen):
             break
         assert torch.equal(optimizer.master, before) and math.isfinite(step.result().loss)
     lost = step.totals().skipped
-    assert 5 < lost < 20 and (int(step.account.failed_in_a_row), int(step.account.most_failed)) == (0, 0)
+    assert 3 < lost < 20 and (int(step.account.failed_in_a_row), int(step.account.most_failed)) == (0, 0)
     fits.optimizer.scale.value.copy_(optimizer.scale.value)
     fits(batch, 1e-3)
     for later in batches(10, seed=1):
         step(later, 1e-3)
         fits(later, 1e-3)
-    assert torch.equal(optimizer.master, fits.optimizer.master) and step.totals().skipped == lost
-    assert optimizer.applied == 11
+    assert torch.equal(optimizer.master, fits.optimizer.master)
+    assert step.totals().skipped - lost == fits.totals().skipped < 3
+
+
+def test_float16_learns_what_float32_learns():
+    """From 4.6 to below 1 on four batches, every loss within 0.1%; and gradients that are left to underflow, which is the control, do not."""
+    rows, losses = list(batches(4)), []
+    for dtype, scale in ((torch.float32, None), (torch.float16, 2.0**16), (torch.float16, 2.0**-10)):
+        _, step = make(dtype=dtype)
+        if scale is not None:
+            step.optimizer.scale.value.fill_(scale)
+        for number in range(160):
+            step(rows[number % 4], 1e-2)
+        losses.append(step.account.losses[-160:].double())
+    full, half, lost = losses
+    assert full[0] > 4.5 and full[-1] < 1
+    assert ((half - full) / full).abs().max() < 1e-3 < ((lost - full) / full).abs().max()
 
 
 def test_a_scale_that_fits_is_doubled_after_two_thousand_steps():
@@ -147,17 +162,16 @@ def test_what_no_scale_mends_ends_a_float16_run(fault):
     """NaN weights are told by the loss, and counted from the first step; a gradient that is never finite, once the scale is at its floor."""
     _, step = make(dtype=torch.float16)
     if fault == "weights":
-        step.optimizer.working[3] = math.nan
+        step.optimizer.master[3] = math.nan
+        step.optimizer.reload()
     else:
         model = step.pieces.model
         step.pieces = step.pieces._replace(model=lambda *given: Endless.apply(model(*given)))
     (batch,) = batches(1)
-    for number in range(1, 30):
+    while int(step.account.most_failed) < GIVE_UP and step.totals().skipped < 30:
         step(batch, 1e-3)
         assert step.result().skipped
-        if int(step.account.most_failed) >= GIVE_UP:
-            break
-    assert number == (GIVE_UP if fault == "weights" else 16 + GIVE_UP)
+    assert step.totals().skipped == (GIVE_UP if fault == "weights" else 16 + GIVE_UP)
     assert float(step.optimizer.scale.value) == (2.0**16 if fault == "weights" else 1.0)
 
 

@@ -1,4 +1,4 @@
-"""engine/precision: bfloat16 and float16 learn what float32 learns, float16 by a loss scale that finds itself."""
+"""engine/precision: bfloat16 learns what float32 learns."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def store(tmp_path_factory):
     return TokenStore.open(folder)
 
 
-def curve(store, dtype, steps, scale=None):
+def curve(store, dtype, steps):
     """The losses of so many steps on the bundled verses, (steps,) float64, from loss 7.6 to about 4.7."""
     held_out = [np.empty(0, np.int64)] * len(store.buckets)
     order = BucketOrder([b.length for b in store.buckets], [b.rows for b in store.buckets], held_out, 16, seed=0)
@@ -30,31 +30,16 @@ def curve(store, dtype, steps, scale=None):
     optimizer = FlatAdamW(model.train(), torch.device("cpu"), dtype, weight_decay=0.01, max_norm=1.0)
     source = torch.zeros(16 * store.buckets[-1].length, dtype=torch.int16)
     step, feed = TrainStep(Pieces(model), optimizer, source, poems=16, pad_id=store.pad_id), Feed(store, "bucket")
-    if scale is not None:
-        optimizer.scale.value.fill_(scale)
     losses = []
     for number in range(steps):
         step(feed(order(*divmod(number, order.steps))), 1e-3)
         losses.append(step.result().loss)
-    assert step.totals().skipped == 0
     return torch.tensor(losses, dtype=torch.float64)
 
 
-@pytest.fixture(scope="module")
-def full(store):
-    return curve(store, torch.float32, 300)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_follows_full_over_300_steps(store, full, dtype):
-    """Means over 20 steps within 0.1%, single steps within 0.5%, in float16 0.1%; seeds differ by up to 1.4%."""
-    half = curve(store, dtype, 300)
+def test_bf16_follows_fp32_over_300_steps(store):
+    """Means over 20 steps within 0.1%, single steps within 0.5%; seeds differ by up to 1.4%."""
+    full, half = (curve(store, dtype, 300) for dtype in (torch.float32, torch.bfloat16))
     assert full[:20].mean() > 7 and full[-20:].mean() < 5
-    assert ((half - full) / full).abs().max() < (5e-3 if dtype == torch.bfloat16 else 1e-3)
+    assert ((half - full) / full).abs().max() < 5e-3
     assert ((half - full).view(15, 20).mean(1) / full.view(15, 20).mean(1)).abs().max() < 1e-3
-
-
-def test_float16_needs_its_scale(store, full):
-    """The control of the test above: with a scale of 1 gradients vanish, and it is seen."""
-    half = curve(store, torch.float16, 100, scale=2.0**-8)
-    assert ((half - full[:100]) / full[:100]).abs().max() > 1e-3

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fastpoem_kernels.loss import CrossEntropy
 
@@ -74,7 +75,7 @@ def clipped_adamw_(
         param.is_cpu or param.is_cuda
     ):  # whose fused form takes no tensors for scale and flag; there nothing is recorded
         if not skipped:
-            torch.optim.adamw.adamw(
+            adamw(
                 [param], [grad.float() / divisor], [exp_avg], [exp_avg_sq], [], [step.sub_(1)], foreach=False,
                 lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
             )  # fmt: skip
