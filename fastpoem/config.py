@@ -88,7 +88,8 @@ class TrainConfig:
     out: str | None = None
     """Folder of the run: metrics.jsonl, config.json, checkpoints/, model/. None makes runs/<time>."""
     cache_dir: str | None = None
-    """Where prepared token stores are kept. None: .fastpoem/ beside the text."""
+    """Where prepared token stores are kept, what was checked on a GPU, and what was compiled. None: stores in .fastpoem/ beside the text, the
+    rest in ~/.cache/fastpoem."""
     recipe: Literal["default", "notebook", "fast"] = "default"
     """A set of other defaults. notebook: random batches padded to their longest, loss on padding, fp32, nothing held out. fast: more
     learned in one epoch, by a higher rate that rises first and falls to zero at the end, without dropout."""

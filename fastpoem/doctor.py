@@ -15,6 +15,7 @@ from typing import Any
 
 from fastpoem import signals
 from fastpoem.cli import parse, run_command
+from fastpoem.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class DoctorConfig:
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
     """Small models only, three steps instead of ten on a GPU, and no comparison with the notebook's loop."""
+    cache_dir: str | None = None
+    """As of training: where it is kept what was checked and compiled."""
     json: bool = False
     """Print one JSON object and nothing else."""
 
@@ -34,9 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.imported("numpy", "torch", "fastpoem.engine.examine")
     from fastpoem.engine.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.precision import choose_device
+    from fastpoem.engine.trust import keep_caches_in
 
+    keep_caches_in(config.cache_dir)
     say = lambda line: print(line, file=sys.stderr, flush=True)
     device = choose_device(config.device, say)
+    if device.type == "mps":
+        raise InputError("--device mps", "there are no checks for it yet", "use --device cpu")
     report = examine(device, quick=config.quick, say=say)
     if config.json:
         print(json.dumps(report, ensure_ascii=False, allow_nan=False))

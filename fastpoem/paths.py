@@ -41,8 +41,26 @@ def spelled(path: Path) -> Iterator[str]:
         yield str(path)
 
 
+_chosen: Path | None = None
+_ours: dict[str, str] = {}  # what `keep_caches` put into the environment
+
+
+def keep_caches(folder: str | None) -> None:
+    """Have everything that is kept between runs kept in `folder` (--cache-dir) from here on in this process, None: where it is without that.
+    What the user's environment says about the compilers' folders goes before."""
+    global _chosen
+    _chosen = None if folder is None else Path(folder).expanduser().absolute()
+    for name, part in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        if name in _ours and os.environ.get(name) == _ours.pop(name):
+            del os.environ[name]
+        if _chosen is not None and name not in os.environ:
+            _ours[name] = os.environ[name] = str(_chosen / part)
+
+
 def user_cache() -> Path:
-    """`$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. Raises InputError where there is no home folder."""
+    """What `keep_caches` chose, else `$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. Raises InputError where there is no home folder."""
+    if _chosen is not None:
+        return _chosen
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if home.startswith("~"):
         raise InputError("~/.cache", "this user has no home folder", "set HOME, or name a folder with --cache-dir")

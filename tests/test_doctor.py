@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,12 @@ from fastpoem import doctor
 from fastpoem.config import TrainConfig
 from fastpoem.engine import check_attention, checks, examine, machine, trial, trust
 from fastpoem.engine.graphs import Graphs
-from fastpoem.engine.kernels import kernels_without
+from fastpoem.engine.kernels import PLAIN, kernels_without
 from fastpoem.engine.step import Pieces
 from fastpoem.errors import InputError
 from fastpoem.model.attention import causal_attention
 from fastpoem.model.gpt2 import GPT2Config
+from fastpoem.signals import Stopped
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 TINY = GPT2Config(120, 160, 32, 1, 2, initializer_range=0.1)
@@ -36,11 +38,13 @@ def right(records):
     "name",
     [
         "kernels 500",
-        *(f"attention {dtype}{packed}" for dtype in ("float32", "bfloat16") for packed in ("", " packed")),
+        *(f"attention {dtype}{packed}" for dtype in ("float32", "bfloat16", "float16") for packed in ("", " packed")),
+        "kernels 500 float16",
         "compiled float32",
         "compiled bfloat16 packed",
         "replay float32",
         "replay bfloat16 packed",
+        "replay float16",
         pytest.param("replay float32 compiled", marks=pytest.mark.slow),
     ],
 )
@@ -279,6 +283,15 @@ def decide(card, **settings):
 USED = ["kernels 101", "attention bfloat16", "compiled bfloat16", "replay bfloat16", "replay bfloat16 compiled"]
 
 
+def test_float16_is_checked_as_itself(a_card):
+    """Its kernels too, apart from those of bfloat16: a card that uses one of them need not compile the other."""
+    a_card.outcome = {"kernels 101 float16": "it does not compile"}
+    found = trust.decide(TrainConfig(), CUDA, torch.float16, 101, a_card.said.append)
+    assert a_card.ran[:2] == ["kernels 101 float16", "attention float16"] and found.kernels == PLAIN
+    assert "replay float16 compiled plain-loss plain-update" in a_card.ran and found.graphs
+    assert decide(a_card) == trust.Trusted()
+
+
 def test_a_card_is_checked_once(a_card):
     assert decide(a_card) == trust.Trusted()
     assert a_card.ran == USED
@@ -505,6 +518,20 @@ def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
     assert "signal 11" in found["dies"][0].note and "3 s" in found["hangs"][0].note
     found = dict(trust.in_a_process(CPU, ["unwilling", "unwilling too"]))
     assert all(r.note.startswith(trust.NOT_BEGUN) and "busy" in r.note for some in found.values() for r in some)
+
+    asked = []
+
+    def ask():
+        asked.append(1)
+        if len(asked) == 3:
+            raise Stopped(15)
+
+    monkeypatch.setattr(trust, "ask", ask)
+    begin = time.monotonic()
+    with pytest.raises(Stopped):
+        list(trust.in_a_process(CPU, ["hangs"]))
+    assert time.monotonic() - begin < 50  # of the minute that it hangs: who waits is asked, and the process ended
+    monkeypatch.undo()
     monkeypatch.setattr(trust.sys, "executable", str(tmp_path / "none"))
     assert not right(dict(trust.in_a_process(CPU, ["good"]))["good"])
 

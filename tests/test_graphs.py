@@ -53,7 +53,7 @@ def stream(count, kind="bucket", seed=0, batch=4):
 
 
 @pytest.mark.parametrize("kind", ["bucket", "pack"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_replay_is_the_plain_step(kind, dtype):
     """A hundred steps of changing shape and rate, some skipped, dropout on, everything spoiled between two steps: bit for bit."""
     plain, replayed = make(dtype=dtype), make(dtype=dtype)
@@ -103,13 +103,13 @@ def test_a_step_that_reads_what_is_stale_is_found(name):
 
 
 @pytest.mark.parametrize("kind", ["bucket", "pack"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_rehearsal_changes_nothing(kind, dtype):
     step = make(dtype=dtype)
     for one in stream(3, kind):
         step(one, 1e-3)
     tensors = [*step.account, step.message, *(vars(step.optimizer)[n] for n in ("master", "exp_avg", "exp_avg_sq"))]
-    tensors += [step.optimizer.applied, step.optimizer.working]
+    tensors += [step.optimizer.applied, step.optimizer.working, *(step.optimizer.scale or ())]
     before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
     with step.rehearsal(one.shape):
         step.work(one.shape)
@@ -145,14 +145,15 @@ class NothingAsked(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", ["bucket", "pack"])
-def test_the_step_asks_nothing_of_the_device(kind, monkeypatch):
+def test_the_step_asks_nothing_of_the_device(kind, dtype):
     """Every operator of a whole step, forward, backward and update, with the kernels' plain forms (our CPU forms may ask: they are the CPU's)."""
     from fastpoem_kernels import plain
 
     from fastpoem.engine.kernels import Kernels
 
-    step = make()
+    step = make(dtype=dtype)
     step.optimizer.kernels = Kernels(plain.cross_entropy, plain.clipped_adamw_)
     for one in stream(4, kind):
         step.send(one, 1e-3)
@@ -169,7 +170,7 @@ def test_no_line_of_the_step_waits_for_the_device():
     recorded = {
         root / "step.py": {"work", "account", "send"},
         root / "batch.py": None,
-        root / "optim.py": {"step", "collect"},
+        root / "optim.py": {"step", "collect", "update"},
         root.parent / "model" / "attention.py": None,
         root.parent / "model" / "flash.py": None,
         root.parent / "model" / "gpt2.py": {"forward"},

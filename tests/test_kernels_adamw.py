@@ -95,7 +95,7 @@ def test_bias_correction_at_any_step(steps):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gradient_that_is_not_finite_changes_nothing(dtype, bad):
     flat = Flat(5000)
     flat.take(flat.gradient())
@@ -170,6 +170,26 @@ def test_a_bfloat16_gradient_is_widened_exactly():
         assert norms[0] == norms[1]
     for mine, theirs in ((narrow.param, wide.param), (narrow.m, wide.m), (narrow.v, wide.v)):
         assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("form", [clipped_adamw_, plain.clipped_adamw_])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("max_norm", [0.5, math.inf])
+def test_the_scale_of_a_gradient_is_taken_out(form, dtype, max_norm):
+    """Of a gradient that is exactly `scale` times another, norm, clip, moments and weights are the other's."""
+    pair = Flat(5000, max_norm=max_norm), Flat(5000, max_norm=max_norm)
+    for number in range(6):
+        true = pair[0].gradient(10.0 ** (number % 3 - 2)).half().float()  # a power of two changes no digit of it
+        scale = torch.tensor(2.0 ** (number + 1))
+        norms = []
+        for flat, grad, more in ((pair[0], true, {}), (pair[1], (true * scale).to(dtype), {"grad_scale": scale})):
+            rest = dict(step=flat.step, lr=flat.lr, max_norm=flat.max_norm, **more)
+            norm, skipped = form(flat.param, grad, flat.m, flat.v, **rest)
+            assert not skipped
+            norms.append(norm.item())
+        assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    for one, other in zip((pair[0].param, pair[0].m, pair[0].v), (pair[1].param, pair[1].m, pair[1].v), strict=True):
+        assert (one.double() - other.double()).norm() <= 2e-6 * one.double().norm()
 
 
 def test_nothing_and_one():

@@ -56,8 +56,18 @@ def test_a_wrong_loss_kernel_is_found(fault, monkeypatch):
 
 def test_logits_that_should_have_been_left_alone(monkeypatch):
     sound = loss_cpu.cross_entropy
-    monkeypatch.setattr(loss_cpu, "cross_entropy", lambda *arguments: sound(*arguments[:-1], True))
+    monkeypatch.setattr(loss_cpu, "cross_entropy", lambda *arguments: sound(*arguments[:4], True))
     assert failed(check.check("cpu", **SMALL)) == NAMES[2:4]
+
+
+def test_float16_is_checked_with_its_scale(monkeypatch):
+    """Sound kernels pass; one that leaves the scale out, where it is put in or where it is taken out, does not."""
+    dtypes = (torch.float16,)
+    assert failed(check.check("cpu", **SMALL, dtypes=dtypes)) == []
+    loss, update = loss_cpu.cross_entropy, adamw.clipped_adamw_
+    monkeypatch.setattr(loss_cpu, "cross_entropy", lambda *arguments: loss(*arguments[:5], None))
+    monkeypatch.setattr(adamw, "clipped_adamw_", lambda *args, grad_scale, **kinds: update(*args, **kinds))
+    assert failed(check.check("cpu", **SMALL, dtypes=dtypes)) == ["cross_entropy float16", "clipped_adamw float16"]
 
 
 @pytest.mark.parametrize(

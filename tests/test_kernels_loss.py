@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fastpoem_kernels import cross_entropy
+from fastpoem_kernels import cross_entropy, plain
 from fastpoem_kernels.check import hard_batch
 from fastpoem_kernels.dispatch import INTERPRETED
 from hypothesis import HealthCheck, example, given, settings
@@ -394,3 +394,37 @@ def test_a_vocabulary_beyond_one_block(vocabulary, dtype, monkeypatch):
     logits = torch.full((3, vocabulary), -math.inf, dtype=dtype)
     logits[:, -1] = logits[1, 0] = 1.0  # whole blocks of nothing; a tie across blocks
     agree(logits, torch.tensor([vocabulary - 1, vocabulary - 1, vocabulary - 1]))
+
+
+@pytest.mark.parametrize("form", [cross_entropy, plain.cross_entropy])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_scale_multiplies_the_gradient_and_not_the_loss(form, dtype):
+    logits, target = hard_batch(16, 300, dtype)
+    source, made = produced(logits)
+    out = form(made, target, scale=torch.tensor(4096.0))
+    out.loss.backward()
+    loss, gradient, _, _ = reference(logits, target)
+    assert out.loss.item() == pytest.approx(loss, rel=1e-6)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    assert worst(source.grad, 4096 * gradient) <= rounding + TRUNCATION
+
+
+@pytest.mark.parametrize("form", [cross_entropy, plain.cross_entropy])
+def test_small_gradients_of_float16_survive_by_the_scale(form):
+    """p / N of an unlikely id is 3e-9, which float16 rounds to zero unless the scale is in it when it is formed."""
+    logits, target = torch.zeros(1000, 33, dtype=torch.float16), torch.zeros(1000, dtype=torch.int64)
+    logits[:, 0] = 12.0
+    left = []
+    for scale in (None, torch.tensor(65536.0)):
+        source, made = produced(logits)
+        form(made, target, scale=scale).loss.backward()
+        left.append(source.grad[:, 1:])
+    exact = reference(logits, target)[1][:, 1:]
+    assert exact.min() > 0 and (left[0] == 0).all()
+    assert worst(left[1].double() / 65536, exact) <= 2**-10 + TRUNCATION
+
+
+@pytest.mark.parametrize("scale", [torch.ones(1), torch.ones((), dtype=torch.float16)])
+def test_a_scale_is_one_float32(scale):
+    with pytest.raises(TypeError, match="scale expected"):
+        cross_entropy(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), scale=scale)

@@ -25,6 +25,10 @@ class Batch(NamedTuple):
     targets: Tensor
     packing: Packing | None
 
+    def to(self, device: torch.device) -> Batch:
+        packing = self.packing and Packing(*(tensor.to(device) for tensor in self.packing))
+        return Batch(self.inputs.to(device), self.targets.to(device), packing)
+
 
 def assemble(source: Tensor, where: Tensor, shape: Shape, pad_id: int, pad_targets: bool = False) -> Batch:
     """source (n,) int16 or int32, where (B, 2) int64 of start and length, as in `fastpoem.corpus.feed.Rows`, all on one device."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from fastpoem_kernels import native
@@ -13,7 +14,7 @@ from fastpoem.corpus.feed import Feed, Shape
 from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form, why_not_compile
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.step import Pieces, TrainStep
+from fastpoem.engine.step import Pieces, TrainStep, home
 from fastpoem.engine.trust import Trusted
 from fastpoem.errors import InputError, first_line
 from fastpoem.model.gpt2 import GPT2
@@ -35,17 +36,17 @@ def build_step(
     """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. Raises InputError for what
     `config` insists on and this machine has not."""
     device, store = optimizer.master.device, feed.store
-    compiles = trusted.compile and _compiles(config, device, say)
+    compiles = _compiles(config, device, say) and trusted.compile
     if config.graphs == "on" and device.type != "cuda":
         raise InputError("--graphs on", f"CUDA graphs run on CUDA devices, not on {device}", "use --graphs auto")
     if device.type == "cuda" and store.dtype.itemsize * sum(b.rows * b.length for b in store.buckets) <= RESIDENT:
         source = feed.corpus().to(device)
     else:
         kind = torch.int16 if store.dtype.itemsize == 2 else torch.int32
-        source = torch.zeros(config.batch_size * store.buckets[-1].length, dtype=kind, device=device)
-    step = TrainStep(
-        Pieces(model), optimizer, source, poems=config.batch_size, pad_id=pad_id, pad_targets=config.loss_on_padding
-    )
+        source = torch.zeros(config.batch_size * store.buckets[-1].length, dtype=kind, device=home(device))
+    plain = Pieces.plain(model, device)
+    settings: dict[str, Any] = dict(poems=config.batch_size, pad_id=pad_id, pad_targets=config.loss_on_padding)
+    step = TrainStep(plain, optimizer, source, **settings)
     if compiles:
         begin = time.perf_counter()
         step.pieces = compiled_pieces(model)
@@ -58,7 +59,7 @@ def build_step(
             if config.compile == "on":
                 raise
             say(f"the model could not be compiled ({first_line(error)}): PyTorch's own kernels are used")
-            step.pieces = Pieces(model)
+            step.pieces = plain
         else:
             step.forms = forms
             say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
@@ -80,7 +81,7 @@ def build_step(
 
 
 def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:
-    if config.compile == "off" or (config.compile == "auto" and device.type == "cpu"):
+    if config.compile == "off" or (config.compile == "auto" and device.type != "cuda"):
         return False
     reason = why_not_compile(device)
     if reason is not None and config.compile == "on":

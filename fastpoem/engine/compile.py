@@ -25,6 +25,8 @@ from fastpoem.paths import user_cache
 
 def why_not_compile(device: torch.device) -> str | None:
     """What is missing here for torch.compile, None where nothing is: asked at the start, not found at the first step."""
+    if device.type not in ("cpu", "cuda"):
+        return f"it is not done on {device}"
     names = (
         (os.environ.get("CC"), "gcc", "clang", "cc")
         if device.type == "cuda"

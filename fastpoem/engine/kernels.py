@@ -16,6 +16,7 @@ class Kernels(NamedTuple):
 
 
 OURS = Kernels()
+PLAIN = Kernels(plain.cross_entropy, plain.clipped_adamw_)
 
 
 PLAIN_LOSS, PLAIN_UPDATE = "plain-loss", "plain-update"  # in the name of a check: what it does without

@@ -15,7 +15,7 @@ import torch
 
 from fastpoem.config import TrainConfig
 from fastpoem.engine.precision import has_bf16
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, first_line
 
 # malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -35,8 +35,10 @@ def enough_memory(config: TrainConfig, device: torch.device) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # PyTorch's allocator has a kind of its own for it, the CUDA libraries have not
-        if device.type != "cuda" or not re.search("out of memory|ALLOC_FAILED", str(error)):
+        if device.type == "cpu" or not re.search("out of memory|ALLOC_FAILED", str(error)):
             raise
+        if device.type == "mps":
+            raise InputError(f"--batch-size {config.batch_size}", first_line(error), "use a smaller one") from None
         free, total = torch.cuda.mem_get_info(device)
         asked = re.search(r"Tried to allocate ([\d.]+ [KMGT]iB)", str(error))
         held, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.memory_reserved(device)

@@ -33,7 +33,7 @@ class LossScale(NamedTuple):
 
     @classmethod
     def first(cls, device: torch.device) -> LossScale:
-        return cls(torch.tensor(SCALE, device=device), torch.zeros((), dtype=torch.int32, device=device))
+        return cls(torch.full((), SCALE, device=device), torch.zeros((), dtype=torch.int32, device=device))
 
     def update(self, loss: Tensor, norm: Tensor) -> Tensor:
         """After a step with this loss and gradient norm. Returns whether the step was lost to the scale alone (0-D bool): its gradient is not
@@ -70,7 +70,7 @@ class FlatAdamW:
         self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(sizes), device=device) for _ in range(3))
         self.grad = torch.zeros(sum(sizes), device=device, dtype=dtype)
         self.applied, self.lr = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.max_norm = torch.tensor(max_norm, dtype=torch.float32, device=device)
+        self.max_norm = torch.full((), max_norm, dtype=torch.float32, device=device)
         self.scale = LossScale.first(device) if dtype == torch.float16 else None
         self.working = self.master if dtype == torch.float32 else torch.empty_like(self.grad)
         with torch.no_grad():

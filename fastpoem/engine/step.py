@@ -25,8 +25,14 @@ HOST = torch.device("cpu")
 NOTED = 1024  # losses kept on the device before somebody must look, which stops it
 
 
+def home(device: torch.device) -> torch.device:
+    """Where message, source and account of a step on `device` are: there, but for devices without float64 and with half of int64's operators
+    (mps), whose batches are made on the host, and whose results are added up there."""
+    return device if device.type in ("cpu", "cuda") else HOST
+
+
 class Account(NamedTuple):
-    """What happened, on the device. Written by `account`."""
+    """What happened, on the device (or its `home`). Written by `account`."""
 
     last: Tensor  # (5,) float64: the last step's, as in StepResult
     sums: Tensor  # (5,) float64, as in Totals
@@ -36,6 +42,7 @@ class Account(NamedTuple):
 
     @classmethod
     def empty(cls, device: torch.device) -> Account:
+        device = home(device)
         last, sums = (torch.zeros(5, dtype=torch.float64, device=device) for _ in range(2))
         in_a_row, most = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         return cls(last, sums, torch.zeros(NOTED, device=device), in_a_row, most)
@@ -102,11 +109,16 @@ class Pieces(NamedTuple):
     account: Callable[..., Any] = account
     autograd: bool = False
 
+    @classmethod
+    def plain(cls, model: torch.nn.Module, device: torch.device) -> Pieces:
+        """Nothing compiled. What `home` leaves out runs on PyTorch's own operators, and on those that everybody uses there."""
+        return cls(model, autograd=home(device) != device)
+
 
 class TrainStep:
     """`step(rows, lr)` trains on one batch of `poems` poems.
 
-    source: the resident corpus, or the buffer that a step's ids are sent to, on the device. pad_targets: padding counts in the loss, and
+    source: the resident corpus, or the buffer that a step's ids are sent to, at the device's `home`. pad_targets: padding counts in the loss, and
     never in the accuracy.
     """
 
@@ -123,7 +135,8 @@ class TrainStep:
         self.pieces, self.optimizer, self.source = pieces, optimizer, source
         self.pad_id, self.pad_targets, self.device = pad_id, pad_targets, optimizer.master.device
         # (B + 1, 2) int64: each poem's place and length, and in the last row the learning rate's bits as a float64
-        self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.device)
+        self.home = home(self.device)
+        self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.home)
         self.account = Account.empty(self.device)
         self.launch: Callable[[Shape], None] = self.work
         self.forms: Callable[[], int] = lambda: 0  # compiled so far
@@ -158,8 +171,10 @@ class TrainStep:
     def work(self, shape: Shape) -> None:
         """One step on what was sent, which is of this shape."""
         optimizer, pieces = self.optimizer, self.pieces
-        optimizer.lr.copy_(self.message.view(torch.float64)[-1, 0])
+        lr, away = self.message.view(torch.float64)[-1, 0], self.home != self.device
+        optimizer.lr.copy_(lr.float() if away else lr)
         batch = pieces.assemble(self.source, self.message[:-1], shape, self.pad_id, self.pad_targets)
+        batch = batch.to(self.device) if away else batch
         logits = pieces.model(batch.inputs, batch.packing)  # (B * T, V)
         uncounted = self.pad_id if self.pad_targets else None
         scale = None if optimizer.scale is None else optimizer.scale.value
@@ -169,7 +184,8 @@ class TrainStep:
             optimizer.collect()
         loss = out.loss.detach()
         norm, skipped, excused = optimizer.step(loss)
-        pieces.account(self.account, loss, norm, skipped, out.valid, out.correct, out.counted, excused)
+        told = (loss, norm, skipped, out.valid, out.correct, out.counted)
+        pieces.account(self.account, *([x.to(self.home) for x in told] if away else told), excused)
 
     @contextlib.contextmanager
     def rehearsal(self, shape: Shape) -> Iterator[None]:
@@ -205,14 +221,14 @@ class TrainStep:
 
 def rng_state(device: torch.device) -> Tensor:
     """Of the generator that dropout draws from on `device`, as a CPU tensor."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
 
 def set_rng_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
+    if device.type == "cpu":
         torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def read_totals(sums: Tensor) -> Totals:
@@ -227,12 +243,14 @@ def evaluate(
     """Loss and accuracy over `batches` with dropout off; the random state is left as it was."""
     was_training = model.training
     model.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    at = home(device)
+    sums = torch.zeros(5, dtype=torch.float64, device=at)
     for rows in batches:
         assert rows.source is not None
-        batch = assemble(rows.source.to(device), rows.where.to(device), rows.shape, pad_id)
+        batch = assemble(rows.source.to(at), rows.where.to(at), rows.shape, pad_id).to(device)
         out = kernels.cross_entropy(model(batch.inputs, batch.packing), batch.targets.flatten(), IGNORE)
-        sums[0] += out.loss.double() * out.valid
-        sums[1:4] += torch.stack([out.valid, out.correct, out.counted])
+        loss, valid, correct, counted = (x.to(at) for x in (out.loss, out.valid, out.correct, out.counted))
+        sums[0] += loss.double() * valid
+        sums[1:4] += torch.stack([valid, correct, counted])
     model.train(was_training)
     return read_totals(sums)

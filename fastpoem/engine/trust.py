@@ -27,15 +27,16 @@ from typing import Any, NamedTuple
 
 import fastpoem_kernels
 import torch
+from fastpoem_kernels import native
 from fastpoem_kernels.check import Record
 
 import fastpoem
 from fastpoem.config import TrainConfig
 from fastpoem.engine import checks
 from fastpoem.engine.compile import why_not_compile
-from fastpoem.engine.kernels import OURS, Kernels, choose_kernels
+from fastpoem.engine.kernels import OURS, PLAIN, Kernels, choose_kernels
 from fastpoem.errors import InputError
-from fastpoem.paths import user_cache
+from fastpoem.paths import keep_caches, user_cache
 from fastpoem.signals import ask
 
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
@@ -65,8 +66,10 @@ def decide(
 
     --batching auto: batches are to be packed, and where attention inside them failed, it is decided for batches that are not (`varlen` tells).
     """
-    if device.type == "cpu":
-        return Trusted()
+    if (
+        device.type != "cuda"
+    ):  # a CPU's form of a kernel is PyTorch's operators and C; elsewhere we have none of our own
+        return Trusted() if device.type == "cpu" else Trusted(kernels=PLAIN, compile=False, graphs=False)
     kind, packed = str(dtype)[6:], config.batching in ("auto", "pack")
     compiles = config.compile != "off" and why_not_compile(device) is None
     names = checks.wanted(dtype, vocabulary=vocabulary, packed=packed, compiles=compiles, graphs=config.graphs != "off")
@@ -219,6 +222,12 @@ def _ending(process: subprocess.Popen[bytes], patience: float) -> str:
 
 
 # What is kept
+
+
+def keep_caches_in(folder: str | None) -> None:
+    """Have the verdicts, and all that compilers make, kept in `folder` (--cache-dir), None: in the user's cache."""
+    keep_caches(folder)
+    native.keep_in(None if folder is None else user_cache() / "native")
 
 
 def place() -> Path:

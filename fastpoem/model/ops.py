@@ -11,7 +11,7 @@ Autograd's own pieces are right but, on a CPU, spend a third of a step beside th
 
 Every gradient is written exactly once a step, so nothing is zeroed; the head, which shares the embedding's weight, writes first and the
 embedding adds. Numbers differ from autograd's only by the order of sums. Where there is no `main_grad` (another optimizer, torch.compile,
-no gradient wanted) the model uses the plain pieces.
+no gradient wanted, a device that is neither a CPU nor CUDA's) the model uses the plain pieces.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ LEVELS = 2**16
 
 def direct(weight: Tensor) -> bool:
     """Should this weight's gradient be written straight into the flat buffer?"""
-    return (
-        torch.is_grad_enabled() and not torch.compiler.is_compiling() and getattr(weight, "main_grad", None) is not None
-    )
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or getattr(weight, "main_grad", None) is None:
+        return False
+    return weight.is_cpu or weight.is_cuda
 
 
 def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:

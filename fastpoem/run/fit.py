@@ -27,7 +27,7 @@ from fastpoem.engine.build import build_step
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
-from fastpoem.engine.trust import Trusted, decide
+from fastpoem.engine.trust import Trusted, decide, keep_caches_in
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
@@ -86,6 +86,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     by name."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
+    keep_caches_in(config.cache_dir)
     device = choose_device(config.device, voice.say)
     if device.type == "cpu":
         keep_freed_memory()

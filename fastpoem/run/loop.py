@@ -273,6 +273,8 @@ class Loop:
         small = tensors[OPTIMIZER]
         small |= {name: tensor.clone() for name, tensor in small.items() if not name.startswith("exp_avg")}
         copied = None
+        if self.device.type == "mps":
+            tensors = {file: {name: one.cpu() for name, one in group.items()} for file, group in tensors.items()}
         if self.device.type == "cuda":
             copied = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
             copied.record(

@@ -26,6 +26,15 @@ COMPILE = "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fope
 LINK = "-nodefaultlibs -lm -lc"  # or -fopenmp would bring an OpenMP of its own
 
 
+_folder: Path | None = None  # where it is kept, if not in the user's cache
+
+
+def keep_in(folder: Path | None) -> None:
+    """Have the library kept in `folder`, None: in the user's cache. What is loaded already stays."""
+    global _folder
+    _folder = folder
+
+
 def why_not() -> str | None:
     """What keeps this machine from native.c, None where it is loaded."""
     loaded = _loaded()
@@ -104,4 +113,5 @@ def _kept_at(command: list[str]) -> Path:
     }
     key = repr([[file.read_bytes() for file in SOURCES], command, os.stat(command[0]).st_mtime_ns, sorted(processor)])
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "fastpoem" / "native" / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"
+    folder = _folder or Path(home) / "fastpoem" / "native"
+    return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.so"

@@ -1,6 +1,7 @@
 """The same two functions from PyTorch's own operators: what training falls back to where a kernel fails its check on a device.
 
-Slower (three tensors of the logits' size, several sweeps over the weights) but with nothing of ours in it; no host synchronisation.
+Slower (three tensors of the logits' size, several sweeps over the weights) but with nothing of ours in it; no host synchronisation on CPU
+and CUDA. Also what other devices use, which no kernel of ours knows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fastpoem_kernels.loss import CrossEntropy
 
@@ -69,6 +71,17 @@ def clipped_adamw_(
     step.add_(~skipped)
     divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
     divisor = divisor if grad_scale is None else divisor * grad_scale
+    if not (
+        param.is_cpu or param.is_cuda
+    ):  # whose fused form takes no tensors for scale and flag; there nothing is recorded
+        if not skipped:
+            adamw(
+                [param], [grad.float() / divisor], [exp_avg], [exp_avg_sq], [], [step.sub_(1)], foreach=False,
+                lr=lr.item(), beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+            )  # fmt: skip
+        if low_precision is not None:
+            low_precision.copy_(param)
+        return norm, skipped
     torch._fused_adamw_(
         [param], [grad.float()], [exp_avg], [exp_avg_sq], [], [step],
         lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
