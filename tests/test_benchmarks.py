@@ -170,7 +170,7 @@ def test_orders_are_compared_on_the_same_poems(place, tmp_path, capsys, monkeypa
         assert (
             len(losses) > 1 and max(losses) - min(losses) < 0.5
         )  # other orders, and near one another after three steps
-    held = {line for line in (tmp_path / "lyrics-held.txt").read_text(encoding="utf-8").split("\n")}
+    held = {*(tmp_path / "lyrics-held.txt").read_text(encoding="utf-8").split("\n")}
     assert len(held) == 15 and not held & {*(tmp_path / "lyrics.txt").read_text(encoding="utf-8").split("\n")}
     assert "| lyrics | trained | 0.001 |" in capsys.readouterr().out
     order.main([*more, "--seeds", "1", "--rate", "1e-3"])  # done before
