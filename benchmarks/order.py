@@ -63,13 +63,13 @@ ORDERS: dict[str, dict[str, Any]] = {
 
 
 class Task:
-    """The texts, the model's folder and the one trained before, under `folder`; made once. scale: the share of the poems that is taken."""
+    """The texts, the model's folder and the one trained before, under `folder`; made once."""
 
-    def __init__(self, poems: Path, tokenizer: Path, folder: Path, *, layers: int, wide: int, scale: float = 1) -> None:
+    def __init__(self, poems: Path, tokenizer: Path, folder: Path, *, layers: int, wide: int) -> None:
         self.folder = folder
         self.models = {"scratch": folder / "model", "trained": folder / "before" / "model"}
         if not self.models["scratch"].exists():
-            self._make(notebook.Poems(poems).lines, tokenizer, layers, wide, scale)
+            self._make(notebook.Poems(poems).lines, tokenizer, layers, wide)
         mine = PoemTokenizer.load(self.models["scratch"])
         self.pad_id = mine.pad_id
         self.held = {name: prepare_store(folder / f"{name}-held.txt", mine, folder / f"{name}-held") for name in TEXTS}
@@ -79,7 +79,7 @@ class Task:
                 device="cpu", lr=2e-3, schedule="cosine", warmup_steps=50, dropout=0.0, val_poems=0, batching="pack",
             )  # fmt: skip
 
-    def _make(self, lines: list[str], tokenizer: Path, layers: int, wide: int, scale: float) -> None:
+    def _make(self, lines: list[str], tokenizer: Path, layers: int, wide: int) -> None:
         draw = random.Random(0)
         varied = lines[LYRICS] or lines
         others = lines[: LYRICS.start] + lines[LYRICS.stop :]
@@ -88,14 +88,13 @@ class Task:
         written = []
         for name, text in TEXTS.items():
             source = varied if name == "lyrics" else others
-            poems, held = round(text.poems * scale), round(text.held * scale)
-            taken, source[: poems + held] = source[: poems + held], []
-            train = taken[held:] * text.copies
+            taken, source[: text.poems + text.held] = source[: text.poems + text.held], []
+            train = taken[text.held :] * text.copies
             draw.shuffle(train)
-            for end, part in (("", train), ("-held", taken[:held] or taken)):
+            for end, part in (("", train), ("-held", taken[: text.held] or taken)):
                 (self.folder / f"{name}{end}.txt").write_text("\n".join(part), encoding="utf-8")
                 written += part
-        before = others[: round(BEFORE * scale)]
+        before = others[:BEFORE]
         (self.folder / "before.txt").write_text("\n".join(before), encoding="utf-8")
         known = {*(tokenizer / "vocab.txt").read_text(encoding="utf-8").split("\n")}
         words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(known & {*"".join(written + before)})]
@@ -203,7 +202,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--wide", type=int, default=64)
-    parser.add_argument("--scale", type=float, default=1, help="share of the poems to take")
     parser.add_argument("--text", action="append", choices=TEXTS, help="not the others")
     parser.add_argument("--start", action="append", choices=["scratch", "trained"], help="not the other")
     parser.add_argument("--rate", action="append", type=float, help="not the others")
@@ -219,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"packed against bucketed: {found['ratio']:.3f} of the tokens a second (ratio of sums),", end=" ")
         print(f"{found['median_of_ratios']:.3f} (median over steps)")
         return
-    task = Task(args.data, args.tokenizer, args.out, layers=args.layers, wide=args.wide, scale=args.scale)
+    task = Task(args.data, args.tokenizer, args.out, layers=args.layers, wide=args.wide)
     file = args.out / "order.json"
     runs = json.loads(file.read_text()) if file.exists() else {}
     for seed in range(args.seeds):

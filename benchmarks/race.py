@@ -1,7 +1,7 @@
 """Contenders on the same poems, in alternating turns: each in a process of its own, with the batches that it would make of the corpus.
 
-fastpoem's batches are chosen first, evenly spaced by length over its epoch, so that a few steps stand for an epoch (a small slice of the text would not do: what
-is left over of its sparse buckets would fill batches of the longest). *trainer, sorted* gets the very same poems, sorted by length. *notebook* and *trainer,
+fastpoem's batches, as a user without flags has them on the device, are chosen first, evenly spaced by their tokens over its epoch, so that a few steps stand
+for an epoch (a small slice of the text would not do: what is left over of sparse buckets would fill batches of the longest). *trainer, sorted* gets the very same poems, sorted by length. *notebook* and *trainer,
 plain* get random batches of the corpus, chosen in the same way, both the same ones. Turns alternate, so that a machine whose speed drifts slows all alike: compare sums over all turns.
 
 A contender that dies is out of the race, and each of its turns that are left fails with the line that says why; the others go on.
@@ -10,6 +10,7 @@ A contender that dies is out of the race, and each of its turns that are left fa
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import select
@@ -23,40 +24,50 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from benchmarks.scene import BATCH, Scene, row_lengths
+from benchmarks.scene import BATCH, FULL, Scene, row_lengths
 from benchmarks.worker import CONTENDERS, give_back_memory
-from fastpoem.corpus.plan import BucketOrder, held_out_rows
+from fastpoem.config import from_kwargs
+from fastpoem.corpus.plan import held_out_rows
 from fastpoem.corpus.store import TokenStore
+from fastpoem.engine.batching import choose_batching
+from fastpoem.engine.precision import choose_dtype
 from fastpoem.model.gpt2 import GPT2Config
+from fastpoem.run.given import order_of
 
 ROOT = Path(__file__).parents[1]
 
 
 @dataclass
 class Batches:
-    """rows: poems of the text of each batch. steps: their numbers in fastpoem's epoch, None where they are not its."""
+    """rows: poems of the text of each batch. steps: their numbers in fastpoem's epoch, None where they are not its. packed: no padding."""
 
     rows: list[list[int]]
     steps: list[int] | None = None
+    packed: bool = False
 
     def part(self, indices: Sequence[int]) -> Batches:
-        return Batches([self.rows[i] for i in indices], self.steps and [self.steps[i] for i in indices])
+        return Batches([self.rows[i] for i in indices], self.steps and [self.steps[i] for i in indices], self.packed)
 
 
 class Programme:
     """Who trains on what. `lengths` (rows,) are tokens of each poem."""
 
-    def __init__(self, store: TokenStore, val_poems: int = 0) -> None:
+    def __init__(
+        self, store: TokenStore, val_poems: int = 0, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> None:
         self.lengths = row_lengths(store)
         held = held_out_rows(store.rows, val_poems, 0)
         bucket, index = store.locate(np.arange(store.rows))
         self._row = np.empty((len(store.buckets), max(b.rows for b in store.buckets)), np.int64)
         self._row[bucket, index] = np.arange(store.rows)
-        self._held = [np.sort(index[held][bucket[held] == one]) for one in range(len(store.buckets))]
-        self.order = BucketOrder(
-            [b.length for b in store.buckets], [b.rows for b in store.buckets], self._held, BATCH, seed=0
-        )
+        config, where = from_kwargs(data="poems", batch_size=BATCH, seed=0), torch.device(device)
+        dtype = (
+            dtype or choose_dtype("fp32" if device == "cpu" else "auto", where, FULL, 1030)[0]
+        )  # as the worker has it
+        self.batching, _ = choose_batching(config, where, dtype, FULL.n_embd // FULL.n_head)
+        self.order = order_of(dataclasses.replace(config, batching=self.batching), store, held)
         free = np.delete(np.arange(store.rows), held)
         self.random = np.random.default_rng(0).permutation(free)[: len(free) // BATCH * BATCH].reshape(-1, BATCH)
 
@@ -66,31 +77,37 @@ class Programme:
 
     def evenly(self, count: int) -> dict[str, Batches]:
         """`count` batches for each contender that stand for an epoch, ordered by length."""
-        steps = spread(range(self.order.steps), count, lambda step: self.order(0, step).length)
+        steps = spread(range(self.order.steps), count, lambda step: int(self.lengths[self.rows(step)].sum()))
         ours = [self.rows(step) for step in steps]
-        poems = np.array(sorted(np.concatenate(ours).tolist(), key=lambda row: self.lengths[row]))
         random = [batch.tolist() for batch in spread(self.random, count, lambda batch: self.lengths[batch].max())]
         return {
             "notebook": Batches(random),
             "trainer, plain": Batches(random),
-            "trainer, sorted": Batches(poems.reshape(-1, BATCH).tolist()),
-            "fastpoem": Batches(ours, steps),
+            "trainer, sorted": Batches(self._sorted(ours)),
+            "fastpoem": Batches(ours, steps, self.batching == "pack"),
         }
 
+    def _sorted(self, batches: list[list[int]]) -> list[list[int]]:
+        """The same poems in batches of like length."""
+        rows = np.concatenate(batches)
+        return rows[np.argsort(self.lengths[rows], kind="stable")].reshape(-1, BATCH).tolist()
+
     def epoch(self, count: int) -> dict[str, Batches]:
-        """The first `count` batches of an epoch, in the order of training; *trainer, sorted* shuffles its own."""
+        """The first `count` batches of an epoch, in the order of training; those of *trainer, sorted* shuffled."""
         steps = list(range(count))
         random = Batches(self.random[:count].tolist())
-        ours = Batches([self.rows(step) for step in steps], steps)
-        return {"notebook": random, "trainer, plain": random, "trainer, sorted": Batches(ours.rows), "fastpoem": ours}
+        ours = Batches([self.rows(step) for step in steps], steps, self.batching == "pack")
+        alike = self._sorted(ours.rows)
+        np.random.default_rng(1).shuffle(alike)
+        return {"notebook": random, "trainer, plain": random, "trainer, sorted": Batches(alike), "fastpoem": ours}
 
     def figures(self, batches: Batches) -> dict[str, int]:
-        """poems, real tokens that are targets, and positions computed with padding to the longest."""
+        """poems, real tokens that are targets, and positions computed: with padding to the longest where they are not packed."""
         lengths = self.lengths[np.array(batches.rows)]  # (batches, BATCH)
         return {
             "poems": lengths.size,
             "tokens": int((lengths - 1).sum()),
-            "padded": int((lengths.max(1) * lengths.shape[1]).sum()),
+            "padded": int((lengths - 1).sum() if batches.packed else (lengths.max(1) * lengths.shape[1]).sum()),
         }
 
 

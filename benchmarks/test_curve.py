@@ -17,7 +17,7 @@ ENOUGH = 500  # steps for the fastest, on a machine ten times as fast as two cor
 
 @pytest.fixture(scope="module", params=DEVICES)
 def contest(request, scene):
-    programme = race.Programme(scene.store(), HELD_OUT)
+    programme = race.Programme(scene.store(), HELD_OUT, request.param)
     batches = programme.epoch(min(programme.order.steps, TURNS * ENOUGH))
     done = dict.fromkeys(CONTENDERS, 0)
     curves = {name: [] for name in CONTENDERS}

@@ -17,7 +17,8 @@ STEPS, ROUNDS = 8, 3
 @pytest.mark.parametrize("device", DEVICES)
 def test_share_of_the_best_product(benchmark, scene, device):
     store = scene.store()
-    programme, feed, step = race.Programme(store), Feed(store, "bucket"), make_step(FULL, device, longest=512)
+    programme, step = race.Programme(store, device=device, dtype=torch.float32), make_step(FULL, device, longest=512)
+    feed = Feed(store, programme.batching)
     chosen = programme.evenly(STEPS)["fastpoem"]
     batches = [feed(programme.order(0, number)) for number in chosen.steps or []]
     flops = model_flops(FULL, [int(programme.lengths[row]) - 1 for rows in chosen.rows for row in rows])

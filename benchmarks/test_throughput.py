@@ -23,7 +23,7 @@ MOST, SECONDS = 16, 270.0
 @pytest.fixture(scope="module", params=DEVICES)
 def contest(request, scene):
     """(turn of a contender, device): what it took, and the figures of its batches."""
-    programme = race.Programme(scene.store())
+    programme = race.Programme(scene.store(), device=request.param)
     sample = programme.evenly(TURNS)
     with race.start(scene, FULL, device=request.param) as contenders:
         slow = 0.0

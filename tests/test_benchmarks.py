@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the Trainer's loop, the race, the counted work, and the report of made-up measurements."""
 
 import dataclasses
+import itertools
 import json
 import threading
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic, peers, race, report, scene, test_stages
+from benchmarks import arithmetic, order, peers, race, report, scene, test_stages
 from fastpoem.model.gpt2 import GPT2
 
 TINY = dataclasses.replace(scene.FULL, vocab_size=1901, n_positions=512, n_embd=32, n_layer=2, n_head=2)
@@ -151,6 +152,30 @@ def test_stages_of_a_tiny_step():
         run(*given())
     assert not torch.equal(before, step.optimizer.master)
     assert step.optimizer.applied.item() == 2  # "update" and "step"
+
+
+def test_orders_are_compared_on_the_same_poems(place, tmp_path, capsys, monkeypatch):
+    more = ["--data", str(place.data), "--tokenizer", str(place.tokenizer), "--out", str(tmp_path)]
+    texts = {
+        name: text._replace(poems=48 // text.copies, epochs=1, held=text.held // 20)
+        for name, text in order.TEXTS.items()
+    }
+    monkeypatch.setattr(order, "TEXTS", texts)
+    monkeypatch.setattr(order, "BEFORE", 48)
+    order.main([*more, "--seeds", "1", "--rate", "1e-3", "--layers", "1", "--wide", "32"])
+    runs = json.loads((tmp_path / "order.json").read_text())
+    assert len(runs) == 3 * 2 * 3 and all(0 < run["loss"] < 10 for run in runs.values())
+    for text, start in itertools.product(texts, ("scratch", "trained")):
+        losses = {runs[f"{text}/{start}/0.001/{name}/0"]["loss"] for name in order.ORDERS}
+        assert (
+            len(losses) > 1 and max(losses) - min(losses) < 0.5
+        )  # other orders, and near one another after three steps
+    held = {*(tmp_path / "lyrics-held.txt").read_text(encoding="utf-8").split("\n")}
+    assert len(held) == 15 and not held & {*(tmp_path / "lyrics.txt").read_text(encoding="utf-8").split("\n")}
+    assert "| lyrics | trained | 0.001 |" in capsys.readouterr().out
+    order.main([*more, "--seeds", "1", "--rate", "1e-3"])  # done before
+    order.main([*more, "--speed", str(tmp_path / "model"), "--steps", "2"])
+    assert len(json.loads((tmp_path / "speed.json").read_text())["seconds"]["pack"]) == 2
 
 
 def measured(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpoem.corpus.buckets import choose_buckets, padded_positions
+from fastpoem.corpus.buckets import MANY, choose_buckets, different, merged, padded_positions
 
 
 def least_padded(histogram: list[int], count: int) -> int:
@@ -74,3 +74,28 @@ def test_the_longest_lengths_are_quick() -> None:
     edges = choose_buckets(histogram, 4)
     assert len(edges) == 4
     assert edges[-1] == 65535
+
+
+@given(
+    poems=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 9)), min_size=1, max_size=12),
+    steps=st.lists(st.integers(1, 40), min_size=12, max_size=12),
+    batch=st.integers(1, 20),
+)
+def test_no_group_of_buckets_is_a_few_poems_over_and_over(poems, steps, batch):
+    """`poems`: different ones in each bucket, and how often each stands there."""
+    distinct = [count for count, _ in poems]
+    edges = np.cumsum(steps)[: len(poems)].tolist()
+    ends = merged(edges, [count * copies for count, copies in poems], distinct, batch)
+    assert list(ends) == sorted({*ends}) and ends[-1] == len(poems)
+    groups = [sum(distinct[begin:end]) for begin, end in zip((0, *ends), ends, strict=False)]
+    assert len(groups) <= max(1, sum(distinct) // (MANY * batch))
+    assert len(groups) == 1 or min(groups) >= batch
+
+
+def test_a_large_text_keeps_its_buckets_and_copies_are_seen():
+    assert merged([10, 20, 31], [5000, 900, 200], [4000, 900, 200], 16) == (1, 2, 3)
+    assert merged([10, 20, 31], [1600, 1600, 1600], [160, 160, 160], 16) == (1, 2, 3)
+    assert merged([10, 20, 31], [500, 1, 1], [500, 1, 1], 16) == (3,)  # the two long ones are no batch
+    assert merged([10, 20, 31], [1000, 1000, 1000], [10, 10, 10], 16) == (3,)
+    rows = np.repeat(np.arange(30, dtype=np.uint16).reshape(10, 3), 5, axis=0)
+    assert different(rows, 100) == 10 and different(rows, 4) == 4

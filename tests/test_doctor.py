@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fastpoem_kernels import plain
+from fastpoem_kernels import native, plain
 from fastpoem_kernels.check import Record, check
 
 from fastpoem import doctor
@@ -277,7 +277,7 @@ def a_card(monkeypatch, tmp_path):
 
 
 def decide(card, **settings):
-    return trust.decide(TrainConfig(**settings), CUDA, torch.bfloat16, 101, card.said.append)
+    return trust.decide(TrainConfig(**{"batching": "bucket", **settings}), CUDA, torch.bfloat16, 101, card.said.append)
 
 
 USED = ["kernels 101", "attention bfloat16", "compiled bfloat16", "replay bfloat16", "replay bfloat16 compiled"]
@@ -378,6 +378,24 @@ def test_what_failed_is_done_without(a_card, failing, settings, lost, words):
         a_card.said.clear()
 
 
+def test_batches_are_packed_until_attention_inside_them_fails(a_card):
+    """Then it is as if they had been bucketed from the start, said once; who asks for packed ones has them padded."""
+    packed = [f"{name} packed" for name in ("attention bfloat16", "compiled bfloat16", "replay bfloat16")]
+    assert decide(a_card, batching="auto") == trust.Trusted()
+    assert a_card.ran == [*USED[:2], *packed, "replay bfloat16 packed compiled"]
+    a_card.name, a_card.outcome["attention bfloat16 packed"] = "another", "error 0.3"
+    a_card.outcome["compiled bfloat16"] = "error 0.4"
+    for _ in range(2):
+        a_card.said.clear()
+        assert decide(a_card, batching="auto") == trust.Trusted(varlen=False, compile=False)
+        assert [line for line in a_card.said if "bucketed" in line] == [
+            "attention bfloat16 packed failed its check on this GPU (error 0.3): batches are bucketed"
+        ]
+        assert sum("failed its check" in line for line in a_card.said) == 2
+    assert {*USED[2:]} <= {*a_card.ran}
+    assert decide(a_card, batching="auto", attention="flash") == trust.Trusted(varlen=False, compile=False)
+
+
 def test_a_step_that_does_not_compile_may_still_be_replayed(a_card):
     a_card.outcome |= {"compiled bfloat16": "no", "replay bfloat16 compiled": "no"}
     assert decide(a_card) == trust.Trusted(compile=False)
@@ -414,7 +432,7 @@ def test_a_kernel_that_fails_later_has_the_others_checked_again(a_card):
     decide(a_card)
     a_card.ran.clear()
     a_card.outcome["kernels 102"], a_card.records["kernels 102"] = "error 1", "cross_entropy float32"
-    trust.decide(TrainConfig(), CUDA, torch.bfloat16, 102, a_card.said.append)
+    trust.decide(TrainConfig(batching="bucket"), CUDA, torch.bfloat16, 102, a_card.said.append)
     assert a_card.ran == ["kernels 102", *(name + " plain-loss" for name in USED[2:])]
     assert sum("checking this GPU" in line for line in a_card.said) == 2
 
@@ -583,6 +601,7 @@ def test_the_doctor_speaks_json(small_doctor, capsys):
     assert one["form"] == "plain" and one["epoch_s"] == pytest.approx(one["step_ms"] * 13.597, rel=1e-3)
     assert one["poems_per_s"] == pytest.approx(16e3 / one["step_ms"])
     assert report["times_the_notebook"] == pytest.approx(report["notebook"]["step_ms"] / one["step_ms"])
+    assert report["uses"]["batching"] == ("pack" if native.why_not() is None else "bucket")
     assert report["uses"]["compile"] is False and report["sentence"].startswith("training on cpu will use")
 
 
@@ -627,14 +646,28 @@ def test_the_users_mistakes_are_exit_code_2(arguments, words):
 
 
 def test_a_gpu_without_a_compiler(monkeypatch):
-    names, skipped = examine._checks(CUDA, torch.bfloat16, "there is no C compiler", quick=False)
+    names, skipped = examine._checks(CUDA, torch.bfloat16, "there is no C compiler", quick=False, packs=False)
     assert not any("compiled" in name for name in names) and skipped[0]["reason"] == "there is no C compiler"
-    names, skipped = examine._checks(CUDA, torch.bfloat16, None, quick=False)
-    assert {"compiled bfloat16", "replay bfloat16 compiled", "compiled bfloat16 full"} <= {*names}
-    later = {one["name"] for one in skipped}
-    assert later >= {"compiled bfloat16 packed", "compiled float32", "replay bfloat16 packed compiled"}
-    assert {one["reason"] for one in skipped} == {"checked when a run first uses it"}
-    assert len(set(names)) == len(names) and not later & {*names}
+    for packs, mine, others in ((False, "", " packed"), (True, " packed", "")):
+        names, skipped = examine._checks(CUDA, torch.bfloat16, None, quick=False, packs=packs)
+        kind = f"bfloat16{mine}"
+        assert {f"compiled {kind}", f"replay {kind} compiled", f"compiled {kind} full"} <= {*names}
+        later = {one["name"] for one in skipped}
+        assert later >= {f"compiled bfloat16{others}", "compiled float32", f"replay bfloat16{others} compiled"}
+        assert {one["reason"] for one in skipped} == {"checked when a run first uses it"}
+        assert len(set(names)) == len(names) and not later & {*names}
+
+
+@pytest.mark.parametrize("compiler", [None, "there is no C compiler"])
+def test_where_packed_attention_fails_bucketed_batches_are_checked(compiler):
+    names, _ = examine._checks(CUDA, torch.bfloat16, compiler, quick=True, packs=True)
+    found = {name: [Record("a", ok=True)] for name in names}
+    assert examine._beside(CUDA, torch.bfloat16, compiler, found) == []
+    found["attention bfloat16 packed"] = [Record("a", ok=False, error=1.0, tolerance=0.1)]
+    beside = examine._beside(CUDA, torch.bfloat16, compiler, found)
+    assert ("replay bfloat16 compiled" in beside) == ("compiled bfloat16" in beside) == (compiler is None)
+    assert not any("packed" in name for name in beside)
+    assert examine._beside(CPU, torch.bfloat16, compiler, found) == []
 
 
 def test_known_cards_by_name():

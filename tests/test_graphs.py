@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpoem.engine
 from fastpoem.corpus.feed import SLOT, Feed, Rows, Shape
-from fastpoem.corpus.plan import Step
+from fastpoem.corpus.plan import Step, TextOrder
 from fastpoem.corpus.store import TokenStore, prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.batch import IGNORE, assemble
@@ -102,17 +102,18 @@ def test_a_step_that_reads_what_is_stale_is_found(name):
     assert not torch.equal(step.optimizer.master, fresh.optimizer.master)
 
 
-@pytest.mark.parametrize("kind", ["bucket", "pack"])
+@pytest.mark.parametrize("kind", ["bucket", "pack", "rounded"])  # to more than this model's positions
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_rehearsal_changes_nothing(kind, dtype):
     step = make(dtype=dtype)
-    for one in stream(3, kind):
+    for one in stream(3, kind.replace("rounded", "pack")):
         step(one, 1e-3)
+    shape = one.shape.rounded() if kind == "rounded" else one.shape
     tensors = [*step.account, step.message, *(vars(step.optimizer)[n] for n in ("master", "exp_avg", "exp_avg_sq"))]
     tensors += [step.optimizer.applied, step.optimizer.working, *(step.optimizer.scale or ())]
     before, state = [tensor.clone() for tensor in tensors], torch.get_rng_state()
-    with step.rehearsal(one.shape):
-        step.work(one.shape)
+    with step.rehearsal(shape):
+        step.work(shape)
         assert step.result().skipped
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert torch.equal(state, torch.get_rng_state())
@@ -236,7 +237,7 @@ def store(tmp_path_factory):
     return TokenStore.open(folder / "store")
 
 
-@pytest.mark.parametrize("batching", ["bucket", "pad", "pack", "rounded"])
+@pytest.mark.parametrize("batching", ["bucket", "edges", "pad", "pack", "rounded"])
 @settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_batches_hold_the_poems(store, batching, data):
@@ -244,7 +245,8 @@ def test_batches_hold_the_poems(store, batching, data):
     chosen = data.draw(st.lists(st.integers(0, store.rows - 1), min_size=1, max_size=7))
     bucket, index = store.locate(np.array(chosen))
     step = Step(store.buckets[bucket.max()].length, bucket, index)
-    feed, resident = (Feed(store, batching.replace("rounded", "pack"), batching == "rounded") for _ in range(2))
+    kind = {"edges": "bucket", "rounded": "pack"}.get(batching, batching)
+    feed, resident = (Feed(store, kind, rounded=kind != batching) for _ in range(2))
     corpus = resident.corpus()
     sent, placed = feed(step), resident(step)
     assert placed.source is None and (sent.shape, sent.tokens) == (placed.shape, placed.tokens)
@@ -264,7 +266,7 @@ def test_batches_hold_the_poems(store, batching, data):
             ).all()
         padded = assemble(sent.source, sent.where, sent.shape, store.pad_id, pad_targets=True).targets
         assert torch.equal(padded, one.targets.masked_fill(one.targets == IGNORE, store.pad_id))
-        longest = max(map(len, poems)) if batching == "pad" else step.length
+        longest = step.length if batching == "edges" else max(map(len, poems))
         assert one.inputs.shape == (len(poems), longest - 1)
         return
     assert torch.equal(one.inputs[0, : sent.tokens], torch.cat([poem[:-1] for poem in poems]))
@@ -277,6 +279,26 @@ def test_batches_hold_the_poems(store, batching, data):
     flat = packing.unfold.flatten()
     assert torch.equal(flat[packing.fold[: sent.tokens]], torch.arange(sent.tokens))
     assert packing.fold.max() < len(flat) and packing.unfold.shape[1] > extra - 1
+
+
+@given(poems=st.integers(1, 2048), longest=st.integers(2, 2000), share=st.floats(0, 1), more=st.integers(0, 3))
+def test_packed_sizes_are_rounded_to_few(poems, longest, share, more):
+    """Attention takes the padding for one more poem, so it is shorter than the longest; and there is little of it."""
+    tokens = max(1, round(share * poems * (longest - 1)))
+    exact = Shape(poems, longest, tokens)
+    rounded = exact.rounded()
+    inputs, extra = rounded.longest - 1, rounded.packed - tokens
+    assert rounded.rounded() == rounded and rounded.packed % SLOT == 0
+    assert longest - 1 <= inputs < max(2 * longest, 129) and inputs % 8 == 0
+    assert 0 <= extra < max(SLOT, tokens / 16) and extra < inputs
+    assert exact._replace(packed=min(tokens + more, rounded.packed)).rounded() == rounded
+
+
+def test_the_shapes_of_an_epoch_are_known_before_it(store):
+    order = TextOrder([b.length for b in store.buckets], store.rows, store.locate, np.array([3, 9]), 4, 7)
+    feed = Feed(store, "pack", rounded=True)
+    ahead = feed.packed_shapes(*order.poems_of(0, 0, order.steps), 4)
+    assert len(ahead) == len({*ahead}) and {*ahead} == {feed(order(0, step)).shape for step in range(order.steps)}
 
 
 def test_rounding_changes_no_gradient(store):

@@ -48,10 +48,10 @@ def test_pairs_of_positions_are_independent():
     assert ((off_diagonal - expected) ** 2 / expected).sum() < (n * (n - 1) - 1) + 6 * np.sqrt(2 * n * (n - 1))
 
 
-def bucket_order(rows, batch, held, seed=0):
+def bucket_order(rows, batch, held, seed=0, ends=None):
     held_out = [np.array(sorted({h for b, h in held if b == bucket and h < n})) for bucket, n in enumerate(rows)]
     held_out = [h.astype(np.int64) for h in held_out]
-    return BucketOrder(range(10, 10 + len(rows)), rows, held_out, batch, seed), held_out
+    return BucketOrder(range(10, 10 + len(rows)), rows, held_out, batch, seed, ends), held_out
 
 
 @settings(deadline=None, max_examples=100)
@@ -61,14 +61,17 @@ def bucket_order(rows, batch, held, seed=0):
     held=st.sets(st.tuples(st.integers(0, 7), st.integers(0, 89)), max_size=12),
     seed=st.integers(0, 2**32),
     epoch=st.integers(0, 1000),
+    cuts=st.none() | st.sets(st.integers(1, 8)),
 )
-def test_bucket_order_promises(rows, batch, held, seed, epoch):
+def test_bucket_order_promises(rows, batch, held, seed, epoch, cuts):
+    """Whether each bucket is batched by itself or groups of them as one."""
+    ends = None if cuts is None else [*sorted(cut for cut in cuts if cut < len(rows)), len(rows)]
     trained = sum(rows) - len({(b, h) for b, h in held if b < len(rows) and h < rows[b]})
     if trained < batch:
         with pytest.raises(InputError, match="fewer than a batch"):
-            bucket_order(rows, batch, held, seed)
+            bucket_order(rows, batch, held, seed, ends)
         return
-    order, held_out = bucket_order(rows, batch, held, seed)
+    order, held_out = bucket_order(rows, batch, held, seed, ends)
     assert order.steps == trained // batch
     steps = [order(epoch, step) for step in range(order.steps)]
     seen = [(b, i) for step in steps for b, i in zip(step.bucket.tolist(), step.index.tolist(), strict=True)]
@@ -79,8 +82,9 @@ def test_bucket_order_promises(rows, batch, held, seed, epoch):
         assert index not in held_out[bucket]
     for step in steps:
         assert step.length >= 10 + step.bucket.max()  # the shape holds its longest poem
+        assert step.length - 9 in (ends or range(1, len(rows) + 1))
     again, _ = bucket_order(
-        rows, batch, held, seed
+        rows, batch, held, seed, ends
     )  # a pure function of (seed, epoch, step): asked for backwards, from a fresh object
     for number in reversed(range(order.steps)):
         one = again(epoch, number)

@@ -90,7 +90,7 @@ def masked_loss(small_model):
     return measure
 
 
-@pytest.mark.parametrize("batching", ["bucket", "pack", "pad"])
+@pytest.mark.parametrize("batching", ["auto", "bucket", "pack", "pad"])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_is_hugging_faces_masked_loss(verses, small_model, tmp_path, masked_loss, batching, shuffle):
     whole = 29 * 16  # 464 of the 470 verses: an order that leaves some out would leave out others

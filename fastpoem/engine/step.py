@@ -194,8 +194,10 @@ class TrainStep:
         put_back = [*self.account, self.message, *(self.optimizer.scale or ())]
         kept = [tensor.clone() for tensor in put_back]
         state = rng_state(self.device)
-        total = shape.packed or shape.poems * (shape.longest - 1)
-        sizes = [max(0, min(shape.longest - 1, total - i * (shape.longest - 1))) for i in range(shape.poems)]
+        # A packed shape is rounded up, and may be longer than any poem of this model can be.
+        most = min(shape.longest - 1, self.optimizer.module.config.n_positions)
+        total = min(shape.packed or shape.poems * most, shape.poems * most)
+        sizes = [total // shape.poems + (poem < total % shape.poems) for poem in range(shape.poems)]
         where = torch.tensor([[0, size + 1] for size in sizes])
         self.send(Rows(None, where, shape, sum(sizes)), math.nan)
         try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from fastpoem.errors import InputError
 from fastpoem.paths import given_path
+from fastpoem.run.trained import model_of
 
 
 class Run:
@@ -28,19 +28,15 @@ class Run:
 
     @property
     def model(self) -> Path:
-        """The model's folder: RUN/model, or the newest checkpoint of a run that has not come to its end."""
-        finished = self.folder / "model"
-        if self.stopped_by is None and finished.is_dir():
-            return finished
-        return next(_checkpoints(self.folder), finished)
+        """The model's folder: RUN/model, or the newest checkpoint of a run that has not come to its end. Raises InputError where there is
+        neither."""
+        return model_of(self.folder, stopped=self.stopped_by is not None)
 
     def generate(self, prompt: str | Sequence[str] = "", **options: Any) -> list[str]:
         """Poems that begin with `prompt`, or with each of several; options as of `fastpoem.generation.poems.sample`: count, top_k, top_p,
         temperature, seed … Raises InputError."""
         from fastpoem.generation.poems import sample
 
-        if not self.model.is_dir():
-            raise InputError(self.folder, "holds no model yet", "train it to a checkpoint first")
         return sample(self.model, prompt, **options)
 
     def __repr__(self) -> str:
@@ -51,12 +47,6 @@ class Run:
         if self.stopped_by is not None:
             said.append(f"stopped by {signal.Signals(self.stopped_by).name}")
         return f"Run({', '.join(said)})"
-
-
-def _checkpoints(run: Path) -> Iterator[Path]:
-    """The folders of the run's checkpoints, newest first. They stand there only when they are complete."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d{8,15}", path.name)]
-    yield from sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def _rows(run: Path) -> Iterator[dict[str, Any]]:
