@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizer, GPT2LMHeadModel
 
 import fastpoem
@@ -93,6 +94,33 @@ def test_every_character_is_one_id_for_us_and_for_transformers(tmp_path, variant
             assert len(theirs) == max(theirs.get_vocab().values()) + 1 == tokenizer.vocab_size
     for token in before.library.get_vocab(True):  # and no id is another's now
         assert tokenizer.library.token_to_id(token) == before.library.token_to_id(token)
+
+
+PIECES = ["<pad>", "<s>", "</s>", "<unk>", "春", "。", "面", "，"]
+LIBRARIES = {
+    "BPE": lambda: models.BPE({piece: index for index, piece in enumerate(PIECES)}, [], unk_token="<unk>"),
+    "Unigram": lambda: models.Unigram([(piece, -1.0) for piece in PIECES], 3),
+    "WordLevel": lambda: models.WordLevel({piece: index for index, piece in enumerate(PIECES)}, "<unk>"),
+}
+
+
+@pytest.mark.parametrize("made", LIBRARIES.values(), ids=LIBRARIES)
+def test_tokenizers_of_other_kinds_grow_too(tmp_path, made):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    library = Tokenizer(made())
+    library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    library.save(str(folder / "tokenizer.json"))
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | names))
+    before, chars = of(folder, RARE)
+    tokenizer = grown(before, chars)
+    assert tokenizer.vocab_size == len(PIECES) + len(chars) and len(chars) > 8
+    theirs = AutoTokenizer.from_pretrained(saved(tokenizer, tmp_path / "saved"))
+    for row in RARE:
+        ids = tokenizer.encode([row], 99)[0].tolist()
+        assert len(ids) == len(row) + 2 and tokenizer.unk_id not in ids
+        assert theirs(row, add_special_tokens=False).input_ids == ids[1:-1]
 
 
 @settings(deadline=None, max_examples=25)
