@@ -1,12 +1,13 @@
 """The number format on a CPU: measured, the same whenever asked in one run, and kept by a run that goes on."""
 
+import json
 import time
 
 import pytest
 import torch
 
 import fastpoem
-from fastpoem.engine import precision
+from fastpoem.engine import optim, precision
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2Config
@@ -82,3 +83,52 @@ def test_a_run_keeps_its_precision(tmp_path, verses, monkeypatch, capsys, faster
     other = "fp32" if faster else "bf16"
     with pytest.raises(InputError, match=f"precision was {short}, is {other}"):
         train("cut", after, resume=True, precision=other)
+
+
+def test_a_float16_run_goes_on_with_its_loss_scale(tmp_path, verses, monkeypatch, capsys):
+    """Begun at a scale that is too large, cut and resumed: rows, weights and state are those of a run that was never interrupted."""
+    tiny_model(tmp_path / "model", hub.BUNDLED / "model")
+    tiny_data(tmp_path / "poems.txt", verses)
+    monkeypatch.setattr(optim, "SCALE", 2.0**24)
+    given = dict(epochs=1, save_every=4, precision="fp16")
+    whole = fastpoem.fit(**settings(tmp_path, out=str(tmp_path / "whole"), **given))
+    one_step = Loop.one_step
+
+    def cut(self):
+        if self.done == 6:
+            raise KeyboardInterrupt
+        one_step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "one_step", cut)
+        fastpoem.fit(**settings(tmp_path, out=str(tmp_path / "cut"), **given))
+    monkeypatch.setattr(optim, "SCALE", 2.0)
+    given["precision"] = "auto"  # as the run began
+    resumed = fastpoem.fit(**settings(tmp_path, out=str(tmp_path / "cut"), resume=True, **given))
+    assert_same(whole.folder, resumed.folder)
+    steps = [row for row in whole.metrics if "event" not in row]
+    assert steps[0]["skipped"] == 1 and 2.0**10 < steps[-1]["loss_scale"] < 2.0**24
+    assert "skipped 1 (too large for fp16; the loss scale is now 8,388,608)" in capsys.readouterr().out
+    assert json.loads((whole.folder / "config.json").read_text())["settings"]["precision"] == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted", "dtype"),
+    [
+        ((9, 0), "auto", torch.bfloat16), ((8, 6), "fp16", torch.float16), ((7, 5), "auto", torch.float16),
+        ((7, 0), "auto", torch.float16), ((7, 5), "fp32", torch.float32), ((6, 1), "auto", torch.float32),
+    ],
+)  # fmt: skip
+def test_the_format_of_a_card(monkeypatch, capability, wanted, dtype):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert precision.choose_dtype(wanted, torch.device("cuda"), FULL, 1040)[0] == dtype
+    if capability < (8, 0):
+        with pytest.raises(InputError, match="Tesla T4 has no bf16; use --precision fp16"):
+            precision.choose_dtype("bf16", torch.device("cuda"), FULL, 1040)
+
+
+def test_fp16_on_a_cpu_is_for_who_asks():
+    assert precision.choose_dtype("fp16", CPU, FULL, 1040) == (torch.float16, "asked for")
+    with pytest.raises(InputError, match="in fp32 only"):
+        precision.choose_dtype("fp16", torch.device("mps"), FULL, 1040)
