@@ -321,7 +321,7 @@ def test_the_card_tells_what_the_model_is_and_its_call_works(base, tmp_path, mon
     )
     card = (run.model / "README.md").read_text(encoding="utf-8")
     last = run.metrics[-1]
-    for part in ("GPT-2 trained on poems.txt", "60 poems", "3 poems of them held out", "1 layers, 16 wide, 1,901 ids",
+    for part in ("GPT-2 trained on poems.txt", "60 poems", "3 poems to validate on", "1 layers, 16 wide, 1,901 ids",
                  "drawn from seed 0", "batch_size 4", "lr 0.01", f"{last['step']:,}", f"{last['val_loss']:.4f}"):  # fmt: skip
         assert part in card, part
     assert str(tmp_path) not in card and "seconds" not in card

@@ -64,7 +64,7 @@ def model_card(
     rows: Iterable[Mapping[str, Any]],
 ) -> bytes:
     """README.md of a trained model. hub_name: of the model that training began with, where it came from the hub; settings: those that a
-    resumed run must share; held: poems held out; rows: of metrics.jsonl, up to the state that is saved."""
+    resumed run must share; held: poems that are validated on; rows: of metrics.jsonl, up to the state that is saved."""
     steps = [row for row in rows if "event" not in row]
     epochs = [row for row in rows if row.get("event") == "epoch"]
     name = " ".join(str(store.manifest["source"].get("name")).split()).replace("|", "/")
@@ -76,7 +76,7 @@ def model_card(
     counts = store.manifest["counts"]
     parameters = count_parameters(shape) / 1e6
     table = {
-        "text": f"{name}: {counts['rows']:,} poems, {counts['tokens']:,} tokens, {held:,} poems of them held out",
+        "text": f"{name}: {counts['rows']:,} poems, {counts['tokens']:,} tokens, {held:,} poems to validate on",
         "model": f"{shape.n_layer} layers, {shape.n_embd} wide, {shape.vocab_size:,} ids, {parameters:.1f} M parameters",
         "began with": began,
         "settings": ", ".join(f"{key} {value}" for key, value in told.items()),
@@ -88,7 +88,7 @@ def model_card(
         last = epochs[-1]
         table["last epoch"] = f"loss {_number(last['mean_loss'])}"
         if last["val_loss"] is not None:
-            table["held out"] = f"loss {_number(last['val_loss'])}, accuracy {_number(last['val_accuracy'])}"
+            table["validation"] = f"loss {_number(last['val_loss'])}, accuracy {_number(last['val_accuracy'])}"
     text = lambda index: tokenizer.library.id_to_token(index)
     card = _CARD.format(
         base=f"base_model: {base}\n" if base else "",

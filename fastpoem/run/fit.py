@@ -82,8 +82,8 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
 
 @contextlib.contextmanager
 def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[..., None]]]:
-    """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder: the loop's weights, or others
-    by name."""
+    """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder: the loop's weights, or the
+    best ones."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     keep_caches_in(config.cache_dir)
@@ -184,11 +184,14 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
 
         def export(goal: Path, weights: Mapping[str, Tensor] | None = None) -> None:
             claim.hold()
+            rows = loop.metrics.rows
             if weights is None:
                 weights = dict(optimizer.named(optimizer.master))
                 weights = weights if narrowed is None else narrowed.widen(weights)
+            else:
+                rows = [row for row in rows if row["step"] <= loop.best.step]
             settings, held = identity["settings"], len(given.validation.rows)
-            card = model_card(config, given.hub_name, settings, store, held, shape, tokenizer, loop.metrics.rows)
+            card = model_card(config, given.hub_name, settings, store, held, shape, tokenizer, rows)
             hub.write_folder(goal, weights, {**beside, "README.md": card})
 
         try:
