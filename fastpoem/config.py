@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -225,12 +226,14 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
-def with_defaults(given: TrainConfig) -> TrainConfig:
+def with_defaults(given: TrainConfig, named: Collection[str] = ()) -> TrainConfig:
     """The defaults under which `given`'s flags are to be read: those of its recipe, and the embedded run's where it names no data and no
-    model; of a run that is resumed, its own. Raises InputError where those cannot be read."""
+    model; of a run that is resumed, its own. named: the settings that were given, which matters where one says another's part anew.
+    Raises InputError where the run's own cannot be read."""
     if given.resume and given.out is not None and (saved := saved_settings(given_path("--out", given.out))) is not None:
-        recipe = {} if given.recipe == "default" else RECIPES[given.recipe]
-        return TrainConfig(**{**saved, **recipe})
+        recipe = RECIPES[given.recipe] if given.recipe != "default" or "recipe" in named else {}
+        length = {"max_steps": None} if "epochs" in named else {}  # so many epochs, and not those steps of them
+        return TrainConfig(**{**saved, **recipe, **length})
     embedded = EMBEDDED if not given.data and given.model is None else {}
     return TrainConfig(**{**embedded, **RECIPES[given.recipe]})
 
@@ -294,7 +297,7 @@ def from_kwargs(**settings: Any) -> TrainConfig:
             mend = f"did you mean {OTHER_NAMES.get(near[0], near[0])}?" if near else "see help(fastpoem.fit)"
             raise InputError(name[:80], "no such setting", mend)
         settings[name] = _coerce(name, value, str(known[name].type))
-    base = with_defaults(TrainConfig(**settings))
+    base = with_defaults(TrainConfig(**settings), settings)
     return dataclasses.replace(base, **settings).check()
 
 

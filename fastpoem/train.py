@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from fastpoem import signals
-from fastpoem.cli import parse, run_command
+from fastpoem.cli import parse, read, run_command
 from fastpoem.config import TrainConfig, with_defaults
 
 PROG = "python -m fastpoem.train"
@@ -17,7 +17,7 @@ SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.engine.trust"
 def main(argv: Sequence[str] | None = None) -> int:
     argv = [*(sys.argv[1:] if argv is None else argv)]
     given = parse(TrainConfig, argv, prog=PROG)
-    config = parse(TrainConfig, argv, prog=PROG, default=with_defaults(given)).check()
+    config = parse(TrainConfig, argv, prog=PROG, default=with_defaults(given, read(TrainConfig, argv))).check()
 
     signals.imported(*SLOW)  # torch takes seconds to import, and --help or a wrong flag should not wait for it
     from fastpoem.run.fit import fit

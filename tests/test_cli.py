@@ -242,11 +242,18 @@ def test_resume_needs_only_the_folder(base, whole, tmp_path, monkeypatch, capsys
     assert saved["data"] == [str(base / "poems.txt")] and saved["lr"] == 0.01
 
 
-def test_what_is_given_wins(base, whole):
+def test_what_is_given_wins(base, whole, tmp_path):
     given = TrainConfig(out=str(whole), resume=True)
     config = with_defaults(given)
     assert (config.batch_size, config.data) == (4, (str(base / "poems.txt"),))
     assert from_kwargs(out=str(whole), resume=True, log_every=7).log_every == 7
+    saved = json.loads((whole / "config.json").read_text())
+    saved["settings"]["max_steps"] = 9  # a number of epochs is said instead of a number of steps
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    said = [
+        from_kwargs(out=str(tmp_path), resume=True, **more) for more in (dict(), dict(epochs=3), dict(max_steps=20))
+    ]
+    assert [config.max_steps for config in said] == [9, None, 20]
     assert parse(TrainConfig, ["--log-every", "7"], default=config).log_every == 7
 
 

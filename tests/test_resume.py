@@ -497,7 +497,7 @@ def test_a_lock_that_is_a_link_is_refused(base, tmp_path):
 def test_settings_that_a_ready_store_cannot_follow_are_refused(base, tmp_path, changes, says):
     prepare_store(base / "poems.txt", PoemTokenizer.load(base / "model"), tmp_path / "store", max_length=64)
     with pytest.raises(InputError, match=says):
-        fastpoem.fit(**settings(base, data=str(tmp_path / "store"), out=str(tmp_path / "run"), **changes))
+        run_fit(from_kwargs(**settings(base, data=str(tmp_path / "store"), out=str(tmp_path / "run"), **changes)))
     assert not (tmp_path / "run").exists()
 
 
