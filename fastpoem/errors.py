@@ -27,5 +27,8 @@ def brief(value: object, most: int = 80) -> str:
     """A value as a message shows it: as Python writes it, cut where it is long, whatever it is."""
     if isinstance(value, str):
         value = value[: most + 1]  # repr of a whole book would be made only to be cut
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = type(value).__name__
     return text if len(text) <= most else f"{text[: most - 2]} …"

@@ -84,6 +84,13 @@ def test_what_is_cleaned(before: str, after: str) -> None:
     assert bool(+look.removed) == (before != after)
 
 
+def test_the_token_for_line_breaks_is_no_oddity() -> None:
+    for token in ("[unused1]", "<br>", "（行）"):
+        look = Look(line_break=token)
+        lines = [f"春江。{token}花月。{token}{token}夜。", PLAIN]
+        assert look.cleaned(lines) == look.at(lines) == lines and look.report() == [] and not +look.removed
+
+
 @settings(deadline=None, max_examples=150)
 @given(
     st.lists(

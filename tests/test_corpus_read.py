@@ -124,6 +124,8 @@ def test_a_collection_folder(tmp_path: Path) -> None:
         ('{"text": "春"},\n{"text": "夏"}', 1, "something follows"),
         ("春", 1, "is not a JSON list"),
         ("[1]", 1, "is not a poem"),
+        ("[" * 700 + '"春"' + "]" * 700, 1, "is not a poem"),
+        ('{"text": [' * 300 + "]}" * 300, 1, "is not a poem"),
         ('[\n{"title": "春"}]', 2, "is not a poem"),
         ('[\n{"paragraphs": ["春", 1]}]', 2, "is not a poem"),
         ('[\n"\\ud800"]', 2, "half a character"),

@@ -23,6 +23,7 @@ KEYS = (
     *("paragraphs", "text", "content", "para", "内容", "正文", "诗文", "诗句", "诗词", "歌词", "poem", "poems"),
     *("poetry", "lyrics", "body"),
 )  # that hold poems, the first of them that is there; "poems" may be the list of all
+DEEPEST = 16  # that values stand in one another
 AROUND = 16  # characters before and behind a fault
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SENTENCE = re.compile("[，。！？；,!?;]")
@@ -52,10 +53,10 @@ class Taker:
     account: Account
     lenient: bool
 
-    def poems(self, value: Any, place: Place, inside: bool = False) -> Iterator[str]:
-        """The texts in one value (`inside` another), each on one line, "" where it is blank. Raises InputError for what is no poem."""
+    def poems(self, value: Any, place: Place, depth: int = 0) -> Iterator[str]:
+        """The texts in one value (`depth` others around it), each on one line, "" where it is blank. Raises InputError for what is no poem."""
         if isinstance(value, dict):
-            key = self._key(value, inside)
+            key = self._key(value, depth > 0)
             if key is None:
                 if self.lenient:
                     self.account.pass_by(place.file, value)
@@ -68,9 +69,9 @@ class Taker:
             yield self.one_line(value, place)
         elif isinstance(value, list) and all(isinstance(part, str) for part in value):
             yield self.one_line("\n".join(value), place)
-        elif isinstance(value, list) and all(isinstance(part, str | list | dict) for part in value):
+        elif depth < DEEPEST and isinstance(value, list) and all(isinstance(part, str | list | dict) for part in value):
             for part in value:
-                yield from self.poems(part, place, True)
+                yield from self.poems(part, place, depth + 1)
         elif self.lenient:
             self.account.pass_by(place.file, value)
         else:

@@ -15,6 +15,7 @@ import numpy as np
 SPACE, DIGIT, LATIN, HOLE, BRACKET, SIMPLE, TRADITION, MARK = (1 << bit for bit in range(8))
 SPACES = "\t\u00a0\u00ad\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u200b\u202f\u205f\u3000\ufeff "
 MARKS = "。！？，；：、!?,;."
+BREAK_MARK = "\ufdd3"  # stands for the token of line breaks while a text is looked at
 SHOWN = 24  # characters of an example
 TITLE = 20  # a line of its own up to this long, without any mark, may be a title or a name
 SAYS = {
@@ -86,6 +87,7 @@ _TABLE = _table()
 class Look:
     """What was seen of a text so far: poems of each kind of oddity, and the first of each."""
 
+    line_break: str | None = None  # a token that is none of the text's own
     poems: int = 0
     found: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
@@ -98,7 +100,7 @@ class Look:
         tokenizer will set itself. `special` tokens that stand in them are counted: their names have Latin letters."""
         if not lines:
             return lines
-        text = "\n".join(lines)
+        text = self._joined(lines)
         points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)  # (characters,)
         starts = np.concatenate(([0], np.flatnonzero(points == 10) + 1))
         flags = _TABLE.take(points, mode="clip")  # which is faster than to raise, and none is outside
@@ -122,6 +124,10 @@ class Look:
         if "&" in text or "<" in text:
             self._count("entities", np.array([bool(_MARKUP.search(line)) for line in lines]), lines)
         return lines
+
+    def _joined(self, lines: list[str]) -> str:
+        text = "\n".join(lines)
+        return text if self.line_break is None else text.replace(self.line_break, BREAK_MARK)
 
     def _unframed(self, line: str, head: str, tail: str) -> str:
         bare = line.removeprefix(head).strip().removesuffix(tail).strip()
@@ -151,7 +157,7 @@ class Look:
 
     def cleaned(self, lines: list[str]) -> list[str]:
         """The poems without what is no part of them: markup, notes in brackets, spaces that part no words. What is empty then is left out."""
-        text = "\n".join(lines)
+        text = self._joined(lines)
         if "&" in text or "<" in text:
             text, number = _MARKUP.subn(_plain, text)
             self.removed["entities and tags"] += number
@@ -162,6 +168,8 @@ class Look:
                 break
         text, number = _GAP.subn("", text)
         self.removed["spaces"] += number
+        if self.line_break is not None:
+            text = text.replace(BREAK_MARK, self.line_break)
         return [line for line in map(str.strip, text.split("\n")) if line]
 
 

@@ -25,6 +25,7 @@ def read_blocks(
     """
     source = Source.of(source)
     account = Account() if account is None else account
+    account.look.line_break = source.line_break
     translate = _converter(source.convert) if source.convert else None
     for path in source.paths:
         empty, before = True, dict(account.poemless)
