@@ -85,7 +85,8 @@ def drawn(base) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
-    hub.save_folder(base.parent / "drawn", model.state_dict(), raw, PoemTokenizer.load(base).files)
+    files = [base / name for name in ("vocab.txt", "tokenizer_config.json")]
+    hub.save_folder(base.parent / "drawn", model.state_dict(), raw, files)
     return base.parent / "drawn"
 
 
