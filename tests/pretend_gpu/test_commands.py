@@ -10,7 +10,6 @@ from conftest import TRAIN, UNCOVERED, assert_sound, rows
 from fastpoem_kernels.check import Record
 from safetensors.torch import load_file
 
-from benchmarks.budget import NODES
 from fastpoem import doctor
 from fastpoem.engine import examine, trial, trust
 from fastpoem.engine.checks import wanted, with_kernels
