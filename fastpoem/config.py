@@ -109,7 +109,7 @@ class TrainConfig:
     """pack: random poems without padding. bucket: poems of like length, padded to the longest. pad: random poems, padded to the longest.
     auto: pack where attention inside packed batches is fast, on a CPU in fp32 with gcc and on a GPU with the flash kernel; else bucket."""
     buckets: int | None = None
-    """Length buckets of the token store, and of --batching bucket. None: 32, and fewer to a batch's poems where the text is small."""
+    """Length buckets of the token store. None: 32, of which --batching bucket takes several together where the text is small."""
     shuffle: bool = True
     """--no-shuffle takes the poems in the order of the text."""
     convert: Literal["none", "t2s", "s2t"] = "none"
