@@ -55,7 +55,8 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
             run = run_fit(config, voice := Voice())
             if run.stopped_by is not None:
                 again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
-                voice.say(f"stopped after a complete checkpoint; go on with: {again}")
+                by = signal.Signals(run.stopped_by).name
+                voice.say(f"stopped by {by} after a complete checkpoint; go on with: {again}")
     except InputError as error:
         raise in_python(error) from error.__cause__
     except signals.Stopped as error:

@@ -203,12 +203,12 @@ def test_fp32_update_is_adamw_and_bf16_stays_near_it(small_model, tmp_path):
 
 
 @pytest.mark.parametrize("settings, says", [
-    (dict(epochs=0), "--epochs 0: out of range"),
-    (dict(lr=math.nan), "--lr nan: out of range"),
-    (dict(lr=-1.0), "--lr"),
-    (dict(max_grad_norm=math.nan), "--max-grad-norm"),
-    (dict(dropout=1.0), "--dropout"),
-    (dict(batch_size=100_000), "--batch-size"),
+    (dict(epochs=0), "epochs=0: out of range"),
+    (dict(lr=math.nan), "lr=nan: out of range"),
+    (dict(lr=-1.0), "lr=-1.0"),
+    (dict(max_grad_norm=math.nan), "max_grad_norm=nan"),
+    (dict(dropout=1.0), "dropout=1.0"),
+    (dict(batch_size=100_000), "batch_size=100000"),
     (dict(batch_size=4000), "fewer than a batch"),
     (dict(max_length=4000), "the model has 128 positions"),
     (dict(device="cuda:70"), "there is no such device here; this machine has cpu" if torch.version.cuda else "is a CPU build"),
@@ -218,8 +218,8 @@ def test_fp32_update_is_adamw_and_bf16_stays_near_it(small_model, tmp_path):
     (dict(nonsense=1), "no such setting"),
     (dict(batching="bag"), "is not one of them"),
     (dict(epochs=1.5), "wrong kind"),
-    (dict(resume=True, out=None), "--resume"),
-    (dict(batching="pack", loss_on_padding=True), "--loss-on-padding"),
+    (dict(resume=True, out=None), "resume=True"),
+    (dict(batching="pack", loss_on_padding=True), "loss_on_padding=True"),
 ])  # fmt: skip
 def test_wrong_settings_are_named_and_nothing_is_made(tmp_path, settings, says):
     with pytest.raises(InputError, match=says):
