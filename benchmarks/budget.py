@@ -20,7 +20,8 @@ from fastpoem.model.hub import count_parameters
 
 BF16, FP32 = 2, 4  # bytes
 CARDS = {"H100": PEAKS["H100"], "A100": PEAKS["A100-SXM4-80GB"]}  # SXM, 80 GB
-NODES = 198  # kernels and copies of the captured step, compiled; counted (tests/pretend_gpu)
+NODES = 198  # kernels and copies of the captured step on rows, compiled; counted (tests/pretend_gpu)
+PACKING = 3  # more of them where the batch is packed
 NODE = 2e-6  # seconds of a launch inside a graph; assumed
 INPUTS = 63.36  # inputs of a poem of mean length: its tokens less the last
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)

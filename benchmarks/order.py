@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fastpoem.run.signals import StopRequest
 
 import fastpoem
 from benchmarks import notebook
@@ -40,6 +39,7 @@ from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.run.fit import assembled
 from fastpoem.run.metrics import Voice
+from fastpoem.signals import StopRequest
 
 CPU, BATCH = torch.device("cpu"), 16
 RATES = {"scratch": (5e-4, 1e-3, 2e-3), "trained": (1e-4, 5e-4, 1e-3)}

@@ -10,6 +10,7 @@ from conftest import TRAIN, UNCOVERED, assert_sound, rows
 from fastpoem_kernels.check import Record
 from safetensors.torch import load_file
 
+from benchmarks.budget import NODES, PACKING
 from fastpoem import doctor
 from fastpoem.engine import examine, trial, trust
 from fastpoem.engine.checks import wanted, with_kernels
@@ -193,7 +194,7 @@ def test_the_doctor_trains_for_a_moment_in_every_form(command, capsys):
     assert all(one["step_ms"] is not None and one["peak_bytes"] > 1 << 30 for one in report["trials"])
     assert report["machine"]["capability"] == [9, 0] and report["uses"]["graphs"] and report["uses"]["compile"]
     assert len(outcome.log.captures) == 4  # packed batches of two sizes in two forms
-    print("NODES", outcome.log.captures[-1].nodes, report["uses"]["batching"])
+    assert outcome.log.captures[-1].nodes == NODES + PACKING  # as docs/performance.md has it
     assert any("triton_" in entry.words[1] for entry in outcome.log.entries if entry.letter == "L")
     doctor.show(report)
     said = capsys.readouterr().out
