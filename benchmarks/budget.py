@@ -36,7 +36,7 @@ class Item:
     bytes: float
 
     def seconds(self, card: Peak) -> float:
-        return max(self.flops / (card.bf16 * 1e12), self.bytes / (card.memory * 1e12))
+        return max(self.flops / (card.half * 1e12), self.bytes / (card.memory * 1e12))
 
 
 def product(m: float, k: float, n: float) -> tuple[float, float]:
@@ -131,7 +131,7 @@ def sweep(card: Peak) -> str:
         logits = BF16 * poems * INPUTS * REAL.vocab_size / 2**20
         lines.append(
             f"| {poems} | {flops / 1e12:.2f} | {moved / 1e9:.1f} | {logits:,.0f} | {1e3 * least:.2f} | {1e3 * took:.2f} | {steps:,} "
-            f"| {steps * least:.0f} | {steps * took:.0f} | {poems * INPUTS / took / 1e6:.2f} | {flops / took / card.bf16 / 1e12:.0%} |"
+            f"| {steps * least:.0f} | {steps * took:.0f} | {poems * INPUTS / took / 1e6:.2f} | {flops / took / card.half / 1e12:.0%} |"
         )
     return "\n".join(lines)
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--gpu", choices=CARDS, action="append")
     for name in parser.parse_args().gpu or CARDS:
         card = CARDS[name]
-        print(f"### {name}: {card.bf16:,.0f} TFLOP/s bf16 dense, {card.memory} TB/s\n")
+        print(f"### {name}: {card.half:,.0f} TFLOP/s bf16 dense, {card.memory} TB/s\n")
         print(
             f"A step of 16 poems of 66 tokens.\n\n{parts(card)}\n\nOver batch sizes, poems of mean length.\n\n{sweep(card)}\n"
         )

@@ -22,8 +22,8 @@ class Settings(TypedDict, total=False):
     max_steps: int | None
     batch_size: int
     max_length: int | None
-    batching: Literal["bucket", "pack", "pad"]
-    buckets: int
+    batching: Literal["auto", "bucket", "pack", "pad"]
+    buckets: int | None
     shuffle: bool
     convert: Literal["none", "t2s", "s2t"]
     clean: bool
@@ -43,7 +43,7 @@ class Settings(TypedDict, total=False):
     vocab: Literal["all", "corpus"]
     loss_on_padding: bool
     seed: int
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: Literal["auto", "on", "off"]
     graphs: Literal["auto", "on", "off"]
     attention: Literal["auto", "flash", "sdpa"]

@@ -241,7 +241,7 @@ MODELS = {
     "a recorded id without end": (lambda model: change(model / "tokenizer_config.json", added_tokens_decoder={"4000000000": {"content": "[X]"}}), "tokenizer_config.json: has the id 4000000000"),
     "an id of old without end": (lambda model: (model / "added_tokens.json").write_text('{"[X]": 4000000000}'), "added_tokens.json: has the id 4000000000"),
     "a link to nothing": (lambda model: (model / "model.safetensors").rename(model / "gone") and (model / "model.safetensors").symlink_to("nothing"), "model.safetensors: cannot be read (No such file"),
-    "no tokenizer": (lambda model: (model / "vocab.txt").unlink(), "holds no tokenizer"),
+    "no tokenizer": (lambda model: [(model / name).unlink() for name in ("vocab.txt", "tokenizer.json")], "holds no tokenizer"),
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "no weights (model.safetensors or pytorch_model.bin)"),
     "cut weights": (lambda model: cut(model / "model.safetensors"), "unreadable weights"),
     "empty weights": (lambda model: (model / "model.safetensors").write_bytes(b""), "unreadable weights"),
@@ -615,7 +615,7 @@ def test_text_of_other_kinds_is_trained_on_and_said(base, tmp_path, capsys):
                  "20 came with the tokenizer's own frame", "[UNK] stands in the text 1 times"):  # fmt: skip
         assert part in said
     config = json.loads((run.model / "tokenizer_config.json").read_text())
-    assert config["line_break_token"] == "亩" and config["tokenizer_class"] == "BertTokenizer"
+    assert config["line_break_token"] == "亩" and config["tokenizer_class"] == "PreTrainedTokenizerFast"
     tokenizer = PoemTokenizer.load(run.model)
     theirs = BertTokenizer.from_pretrained(run.model)
     assert (
@@ -644,7 +644,9 @@ def test_text_of_other_kinds_is_trained_on_and_said(base, tmp_path, capsys):
 
 def test_the_command_says_it_in_one_line(base, tmp_path):
     (tmp_path / "gb.txt").write_bytes((POEM + "\n").encode("gb18030") * 30 + b"\xff")
-    done, seconds = command("--data", "gb.txt", "--model", str(base / "model"), "--device", "cpu", cwd=tmp_path)
+    done, seconds = command(
+        "--data", "gb.txt", "--model", str(base / "model"), "--from-scratch", "--device", "cpu", cwd=tmp_path
+    )
     assert done.returncode == 2 and done.stdout == "" and seconds < 20
     assert done.stderr == (
         "fastpoem: gb.txt, line 31: the file is not UTF-8, and from here on not GB18030 either; get the whole file, or convert it to UTF-8\n"

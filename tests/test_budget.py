@@ -47,7 +47,7 @@ def test_floors_are_floors(card):
     for poems in budget.BATCHES:
         items = budget.step(REAL, poems, budget.INPUTS)
         least = budget.floor(REAL, poems, card, budget.INPUTS)
-        assert least >= sum(i.flops for i in items) / card.bf16 / 1e12
+        assert least >= sum(i.flops for i in items) / card.half / 1e12
         assert least >= max(i.seconds(card) for i in items)
         assert budget.likely(REAL, poems, card, budget.INPUTS) > least
     per_poem = [budget.floor(REAL, n, card) / n for n in budget.BATCHES]

@@ -535,8 +535,8 @@ def killed_at(place: int) -> None:
         setattr(os, name, wrap(getattr(os, name)))
 
 
-def test_poems_with_nothing_to_predict_are_refused(tmp_path: Path, folder: Path) -> None:
-    """A tokenizer that frames no poem leaves one token of a poem of one character."""
+def test_a_poem_of_one_character_has_something_to_predict(tmp_path: Path, folder: Path) -> None:
+    """With a tokenizer that frames no poem by itself too."""
     model = tmp_path / "model"
     model.mkdir()
     library = PoemTokenizer.load(folder).library
@@ -545,11 +545,10 @@ def test_poems_with_nothing_to_predict_are_refused(tmp_path: Path, folder: Path)
     (model / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}'
     )
-    bare = PoemTokenizer.load(model)
-    assert prepare_store(text(tmp_path / "fine.txt", ["春江", "江春"]), bare, tmp_path / "fine").rows == 2
-    with pytest.raises(InputError, match=r"poems.txt: 1 of its poems are fewer than 2 tokens"):
-        prepare_store(text(tmp_path / "poems.txt", ["春江", "春"]), bare, tmp_path / "store")
-    assert not (tmp_path / "store").exists()
+    bare = PoemTokenizer.load(model)  # which gets the frame that its folder names
+    assert [
+        row.tolist() for row in prepare_store(text(tmp_path / "poems.txt", ["春江", "春"]), bare, tmp_path / "store")
+    ] == [PoemTokenizer.load(folder).encode([line], 8)[0].tolist() for line in ("春江", "春")]
 
 
 # The command

@@ -331,7 +331,7 @@ def test_a_disk_that_refuses_for_a_while(base, server, untouched, tmp_path, errn
 def test_a_disk_that_stays_full(base, server, untouched, tmp_path):
     """The run ends with exit code 1 naming the newest checkpoint, which is whole, and goes on from there when there is room."""
     out = tmp_path / "run"
-    fault = {"refuse": [110, 10**9], "errno": "ENOSPC"}
+    fault = {"refuse": [150, 10**9], "errno": "ENOSPC"}
     assert server.run(settings(base, out=str(out), **SHORT), fault) == 1
     newest, said = checkpoint.listed(out)[0], server.said()
     assert 0 < newest[0] < 14

@@ -203,7 +203,7 @@ def test_nothing_missing_changes_nothing(base, tmp_path, capsys):
 
 def test_a_store_has_no_text_to_grow_from(base, tmp_path):
     prepare_store(base / "poems.txt", PoemTokenizer.load(base / "model"), tmp_path / "store", max_length=64)
-    with pytest.raises(InputError, match=r"--grow-vocab: .*no text any more; give the text itself"):
+    with pytest.raises(InputError, match=r"grow_vocab=True: .*no text any more; give the text itself"):
         run_of(base, tmp_path / "run", data=str(tmp_path / "store"))
     run = run_of(base, tmp_path / "run", max_steps=1)
     whole = prepare_store(base / "poems.txt", PoemTokenizer.load(run.model), tmp_path / "whole", max_length=64)
@@ -227,5 +227,5 @@ def test_more_ids_than_rows(base, tmp_path, changes, rows):
         if "grow_vocab" in changes:
             assert torch.equal(after[:1000], state[EMBEDDING])
     else:
-        with pytest.raises(InputError, match=r"1901 ids, its embedding 1000; .*--grow-vocab"):
+        with pytest.raises(InputError, match=r"1901 ids, its embedding 1000; .*grow_vocab"):
             fastpoem.fit(**given)

@@ -52,7 +52,9 @@ def agree(logits, target, ignore_index=-100):
     assert (out.correct.item(), out.valid.item(), out.counted.item()) == (correct, valid, valid)
     assert out.loss.item() == pytest.approx(loss, rel=1e-6, abs=2e-7)  # a loss near 0 is a difference of floats near 1
     if logits.dtype == torch.float32:
-        assert worst(source.grad, gradient) <= 1e-6
+        off = (source.grad.double() - gradient).abs().max().item() if gradient.numel() else 0.0
+        largest = gradient.abs().max().item() if gradient.numel() else 0.0
+        assert off <= 1e-6 * largest + 2**-23 / max(1, valid)  # p - 1 has no more digits where p is nearly 1
     else:
         plain = logits.detach().clone().requires_grad_()
         kept = (target != ignore_index).sum().clamp(min=1)

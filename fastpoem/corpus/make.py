@@ -178,11 +178,6 @@ def _make(
         raise InputError(
             source.shown, "holds no poem, only the tokenizer's own frame", "give a text with one poem a line"
         )
-    if short := int(histogram[:2].sum()):
-        reason = f"{short:,} of its poems are fewer than 2 tokens, as this model's tokenizer frames none"
-        raise InputError(
-            source.shown, reason, "remove the poems of one character, or use a tokenizer with [CLS] and [SEP]"
-        )
     edges = choose_buckets(histogram, count)
     files = _scatter(names[0], names[1], folder, edges, tokenizer)
     duplicates = _duplicates(names[2], rows)

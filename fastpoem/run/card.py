@@ -72,7 +72,7 @@ def model_card(
     began = f"weights drawn from seed {config.seed}" if config.from_scratch else base or "trained weights"
     default = dataclasses.asdict(TrainConfig())
     told = {key: value for key, value in settings.items() if key not in UNTOLD}
-    told = {key: value for key, value in told.items() if key in TOLD or value != default[key]}
+    told = {key: value for key, value in told.items() if key in TOLD or value != default.get(key, value)}
     counts = store.manifest["counts"]
     parameters = count_parameters(shape) / 1e6
     table = {

@@ -136,8 +136,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             kernels=trusted.kernels,
         )
     special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
-    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), tokenizer.files)
-    beside |= for_prompts(beside, tokenizer, store.manifest["source"].get("convert"))
+    files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
+    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
     never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
     beside[GENERATION] = generation_config(special, never, shape.n_positions)
 

@@ -233,7 +233,7 @@ def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: fl
     shown are the means since the last line, as one step's follow the length of its poems. seconds_left: None where nobody knows."""
     line = (
         f"epoch {row['epoch']}/{epochs}  step {row['step']}/{last_step}  lr {row['lr']:.1e}  mean loss {row['loss_mean']:.3f}  "
-        f"acc {row['accuracy_mean']:.1%}  {_rounded(row['tokens_per_s'])} tok/s"
+        f"acc {_share(row['accuracy_mean'])}  {_rounded(row['tokens_per_s'])} tok/s"
     )
     if seconds_left is not None:
         minutes, seconds = divmod(round(seconds_left), 60)
@@ -243,6 +243,11 @@ def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: fl
         why = f"too large for fp16; the loss scale is now {row['loss_scale']:,.0f}" if "loss_scale" in row else ""
         line += f"  skipped {row['skipped']} ({why or 'loss or gradient not finite'})"
     return line
+
+
+def _share(amount: float) -> str:
+    """9.8%, 100%."""
+    return f"{amount:.1%}".replace("100.0%", "100%")
 
 
 def _rounded(amount: float) -> str:
