@@ -26,6 +26,7 @@ from fastpoem.run.loop import Loop
 from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
+BUCKETS = ["--batching", "bucket", "--buckets", "32"]  # so many are not taken together, however small the text
 SMALL = 4096  # bytes of a step's copies: 16 poems' places, or their ids
 
 
@@ -126,6 +127,8 @@ def test_between_log_lines_a_step_is_one_graph_launch(tiny, tmp_path, tape, monk
         tmp_path / "run",
         "--batching",
         batching,
+        "--buckets",
+        32,
         "--compile",
         compiled,
         "--epochs",
@@ -191,7 +194,7 @@ def test_dropout_is_drawn_anew_at_each_replay(tiny, tmp_path, tape):
 
 def test_recording_leaves_no_trace(tiny, tmp_path, tape):
     """Weights, moments and account after the warm-up and the recordings are those before."""
-    with training(tiny, "--out", tmp_path / "run", "--compile", "off") as (loop, _):
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off", *BUCKETS) as (loop, _):
         step = loop.step
         assert len(step.launch.recorded) >= 3
         for tensor in (*step.account, step.message, step.optimizer.exp_avg, step.optimizer.applied):
@@ -209,7 +212,7 @@ def test_a_planted_item_breaks_the_recording_and_training_goes_on(tiny, tmp_path
         loss.item()
         account(to, loss, *rest)
 
-    monkeypatch.setattr(build, "Pieces", lambda model: Pieces(model, account=asks))
+    monkeypatch.setattr(Pieces, "plain", lambda model, device: Pieces(model, account=asks))
     with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000) as (loop, said):
         begun = tape.take()
         steps = observe(loop, tape)
