@@ -288,6 +288,7 @@ def write_config(
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype)[6:],
+        "batching": same["settings"]["batching"],  # what auto came to
         "store": {"path": str(store.path), "identity": store.identity, "rows": store.rows},
         "tokenizer": store.fingerprint,
         "model": same["shape"],
