@@ -30,7 +30,9 @@ def trained_model(name: str, say: Callable[[str], None]) -> str:
         return name
     model = model_of(folder)
     older = folder / "model"
-    since = f": the run went on after {older} was written" if model != older and (older / "config.json").is_file() else ""
+    since = (
+        f": the run went on after {older} was written" if model != older and (older / "config.json").is_file() else ""
+    )
     say(f"the model is {model}{since}")
     return str(model)
 
