@@ -99,6 +99,11 @@ def read(cls: type, args: Sequence[str]) -> dict[str, Any]:
     before = ""  # the switch that stands before
     rest = iter(args)
     for arg in rest:
+        if arg.startswith(("–", "—")):  # as word processors and phones write two hyphens
+            typed = "--" + arg.lstrip("–—-")
+            name = typed.partition("=")[0].removeprefix("--").replace("-", "_")
+            if values is None or name in known or name.removeprefix("no_") in known:
+                arg = typed
         if not arg.startswith("-") or arg == "-" or _is_number(arg):
             if values is not None:
                 values.append(arg)
@@ -169,10 +174,14 @@ def _named(cls: type, known: dict[str, Kind], flag: str) -> tuple[str, bool]:
         return name, False
     if flag.startswith("--no") and (positive := name.removeprefix("no_")) in known and known[positive].base is bool:
         return positive, True
-    flags = [flag_of(prefix + one) for one in known for prefix in ("", "no_") if not prefix or known[one].base is bool]
-    near, mend = _nearest("--" + flag.lstrip("-").replace("_", "-"), flags), MENDED
+    flags = [
+        flag_of(prefix + one)[2:] for one in known for prefix in ("", "no_") if not prefix or known[one].base is bool
+    ]
+    word, mend = flag.lstrip("-").replace("_", "-"), MENDED  # without the hyphens, in which all flags are alike
+    longer = [one for one in flags if word and one.startswith(word)]
+    near = longer[0] if len(longer) == 1 else _nearest(word, flags) or _nearest(word.removeprefix("no-"), flags)
     if near is not None:
-        mend = f"did you mean {near}?"
+        mend = f"did you mean --{near}?"
     elif (other := OTHER_NAMES.get(_nearest(name, [*OTHER_NAMES]) or "")) in known:
         mend = f"did you mean {flag_of(other)}? see --help"
     raise InputError(flag.replace("_", "-")[:80], "no such flag", mend)
@@ -181,7 +190,7 @@ def _named(cls: type, known: dict[str, Kind], flag: str) -> tuple[str, bool]:
 def _nearest(word: str, words: Sequence[str]) -> str | None:
     import difflib
 
-    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=0.6)), None)
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=0.7)), None)
 
 
 def run_command(main: Callable[[], int | None]) -> None:

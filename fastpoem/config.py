@@ -233,7 +233,12 @@ def with_defaults(given: TrainConfig, named: Collection[str] = ()) -> TrainConfi
     if given.resume and given.out is not None and (saved := saved_settings(given_path("--out", given.out))) is not None:
         recipe = RECIPES[given.recipe] if given.recipe != "default" or "recipe" in named else {}
         length = {"max_steps": None} if "epochs" in named else {}  # so many epochs, and not those steps of them
-        return TrainConfig(**{**saved, **recipe, **length})
+        apart: dict[str, Any] = {}  # what one of the two says of validation leaves the other, saved, without a part
+        if given.val_data:
+            apart = {"val_poems": None}
+        elif given.val_poems is not None:
+            apart = {"val_data": ()}
+        return TrainConfig(**{**saved, **recipe, **length, **apart})
     embedded = EMBEDDED if not given.data and given.model is None else {}
     return TrainConfig(**{**embedded, **RECIPES[given.recipe]})
 
@@ -290,7 +295,8 @@ def from_kwargs(**settings: Any) -> TrainConfig:
         if name in settings and not isinstance(settings[name], str | PurePath | None):
             from fastpoem.corpus.given_poems import as_paths
 
-            settings[name] = as_paths(name, settings[name], settings.get("field"))
+            cache = _coerce("cache_dir", settings.get("cache_dir"), "str | None")
+            settings[name] = as_paths(name, settings[name], settings.get("field"), cache)
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1, cutoff=0.6)

@@ -640,6 +640,8 @@ def test_text_of_other_kinds_is_trained_on_and_said(base, tmp_path, capsys):
     )
     new = dict(line_break="[lb]", from_scratch=False, model=str(run.model))
     assert "--line-break '[lb]': is no token of this model; " in refused(base, tmp_path / "no", **new)
+    added = refused(base, tmp_path / "no", **new | dict(line_break="[unused7]"))  # not one to use instead of itself
+    assert added.endswith("is no token of this model; add --grow-vocab")
 
 
 def test_the_command_says_it_in_one_line(base, tmp_path):

@@ -62,7 +62,9 @@ def test_auto_is_packed_where_that_is_fast(machine, there, settings, device, dty
 
 
 def config_of(folder):
-    return json.loads((folder / "config.json").read_text())["settings"]["batching"]
+    """(as asked for, what it came to)."""
+    content = json.loads((folder / "config.json").read_text())
+    return content["settings"]["batching"], content["batching"]
 
 
 @pytest.mark.parametrize("no_c", [None, "gcc is not installed"])
@@ -75,10 +77,10 @@ def test_a_run_says_what_it_is_and_goes_on_so(small_model, tmp_path, monkeypatch
     common = dict(model=str(small_model), data=str(BUNDLED / "poems.txt"), out=str(tmp_path / "run"), device="cpu")
     monkeypatch.setattr(native, "_loaded", (lambda: no_c) if no_c else loaded)
     fastpoem.fit(**common, max_steps=2)
-    assert words in capsys.readouterr().out and config_of(tmp_path / "run") == came_to
+    assert words in capsys.readouterr().out and config_of(tmp_path / "run") == ("auto", came_to)
     monkeypatch.setattr(native, "_loaded", (lambda: "another machine") if no_c is None else loaded)
-    fastpoem.fit(**common, max_steps=4, resume=True)
-    assert "as the run began" in capsys.readouterr().out and config_of(tmp_path / "run") == came_to
+    fastpoem.fit(out=common["out"], max_steps=4, resume=True)
+    assert "as the run began" in capsys.readouterr().out and config_of(tmp_path / "run") == ("auto", came_to)
     other = "pack" if came_to == "bucket" else "bucket"
     with pytest.raises(InputError, match=f"batching was {came_to}, is {other}"):
         fastpoem.fit(**common, max_steps=6, resume=True, batching=other)

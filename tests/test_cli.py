@@ -100,6 +100,10 @@ SAID = {
     ("--seed", "9" * 5000): f"--seed {'9' * 58} …: has too many digits; give a whole number",
     ("-out", "x"): "-out: no such flag; did you mean --out?",
     ("--learning-rate", "1"): "--learning-rate: no such flag; did you mean --lr? see --help",
+    ("--ep", "1"): "--ep: no such flag; did you mean --epochs?",
+    ("--ip", "1"): "--ip: no such flag; see --help for the flags there are",
+    ("–epochs", "1.5"): "--epochs 1.5: is not a whole number; give a whole number",
+    ("--data", "a", "—batching=heap"): "--batching heap: no such choice; use auto, bucket, pack or pad",
     ("--no-lr",): "--no-lr: no such flag; did you mean --lr?",
 }
 
@@ -255,6 +259,12 @@ def test_what_is_given_wins(base, whole, tmp_path):
     ]
     assert [config.max_steps for config in said] == [9, None, 20]
     assert parse(TrainConfig, ["--log-every", "7"], default=config).log_every == 7
+    data = str(base / "poems.txt")
+    for was, given in ((dict(val_poems=3), dict(val_data=(data,))), (dict(val_data=[data]), dict(val_poems=3))):
+        saved["settings"] |= dict(val_poems=None, val_data=[]) | was
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        config = from_kwargs(out=str(tmp_path), resume=True, **given)  # and is not refused for what nobody gave
+        assert (config.val_poems, config.val_data) == (given.get("val_poems"), given.get("val_data", ()))
 
 
 @pytest.mark.parametrize("old", [None, "poems.txt", ["a", "b"]])
@@ -289,13 +299,18 @@ def test_a_damaged_config(tmp_path, says, content):
 
 
 @pytest.mark.parametrize(
-    "changes", [dict(batch_size=5), dict(lr=0.5, shuffle=False), dict(data=("{}/more.txt",))], ids=repr
-)
+    "changes", [dict(batch_size=5), dict(lr=0.5, shuffle=False), dict(data=("{}/more.txt",)), dict(line_break="[lb]"),
+                dict(batch_size=5, sample="--春"), dict(model="{}/wide")], ids=repr
+)  # fmt: skip
 def test_a_refused_resume_ends_with_the_command_that_is_meant(base, whole, tmp_path, changes):
-    """The command is given, and trains a new run from the weights of the old."""
+    """The command is given, and trains a new run from the weights of the old, or with the model that was meant where it is another."""
     tiny_data(base / "more.txt", BUNDLED / "poems.txt", poems=61)
+    if not (base / "wide").is_dir():
+        wide = tiny_model(base / "wide", BUNDLED / "model") / "config.json"
+        wide.write_text(wide.read_text().replace('"n_embd": 16', '"n_embd": 32'))
+    filled = lambda value: value.format(base) if isinstance(value, str) else value
     changes = {
-        name: tuple(one.format(base) for one in value) if isinstance(value, tuple) else value
+        name: tuple(map(filled, value)) if isinstance(value, tuple) else filled(value)
         for name, value in changes.items()
     }
     with pytest.raises(InputError, match="cannot be resumed") as refusal:
@@ -303,13 +318,12 @@ def test_a_refused_resume_ends_with_the_command_that_is_meant(base, whole, tmp_p
     command = str(refusal.value).partition("python -m fastpoem.train ")[2]
     argv = shlex.split(command)
     config = parse(TrainConfig, argv, default=with_defaults(parse(TrainConfig, argv)))
-    expected = from_kwargs(
-        **settings(base, out=f"{whole}-2", from_scratch=False) | changes | {"model": str(whole / "model")}
-    )
-    assert config == dataclasses.replace(
-        expected, batching=config.batching
-    )  # what auto came to, for the old run and the new
-    with pytest.raises(InputError, match=re.escape(f"fastpoem.fit(model={str(whole / 'model')!r}, out=")):
+    onward = {"from_scratch": False, "model": str(whole / "model"), "grow_vocab": "line_break" in changes}
+    model = changes.get("model", str(whole / "model"))
+    expected = from_kwargs(**settings(base, out=f"{whole}-2") | (changes if "model" in changes else changes | onward))
+    assert ("from its weights" in str(refusal.value)) == ("model" not in changes)
+    assert config == expected
+    with pytest.raises(InputError, match=re.escape(f"fastpoem.fit(model={model!r}, out=")):
         fastpoem.fit(out=str(whole), resume=True, **changes)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fastpoem.config import from_kwargs
-from fastpoem.corpus.given_poems import as_paths
+from fastpoem.corpus.given_poems import as_paths, called
 from fastpoem.corpus.read import read_blocks
 from fastpoem.corpus.source import Source
 from fastpoem.errors import InputError
@@ -48,6 +48,18 @@ def test_poems_become_a_file_by_their_content(cache: Path) -> None:
     assert read(Dataset(verse=POEMS, n=[1, 2, 3]), field="verse") == POEMS
     assert len(list((cache / "fastpoem/given").iterdir())) == 5  # one a text, and nothing half-made
     assert from_kwargs(val_data=POEMS).val_data == from_kwargs(data=POEMS).data
+
+
+def test_they_are_kept_where_the_cache_is_asked_for(cache: Path, tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    (path,) = from_kwargs(data=POEMS, cache_dir=here).data
+    assert Path(path).parent == here / "given" and not cache.exists()
+    assert called(Path(path), "a name") == "the given poems" and called(Path("given/a.jsonl"), "a name") == "a name"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"given: cannot be written \(.*cache_dir="):
+        from_kwargs(data=POEMS, cache_dir=str(tmp_path / "file"))
+    with pytest.raises(InputError, match="cache_dir=7: is of the wrong kind"):
+        from_kwargs(data=POEMS, cache_dir=7)
 
 
 def test_files_are_files(tmp_path: Path) -> None:

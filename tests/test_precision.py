@@ -9,6 +9,7 @@ from fastpoem.corpus.plan import BucketOrder
 from fastpoem.corpus.store import TokenStore, prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.precision import choose_dtype
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.model.hub import BUNDLED
@@ -43,6 +44,10 @@ def test_bf16_follows_fp32_over_300_steps(store):
     assert full[:20].mean() > 7 and full[-20:].mean() < 5
     assert ((half - full) / full).abs().max() < 5e-3
     assert ((half - full).view(15, 20).mean(1) / full.view(15, 20).mean(1)).abs().max() < 1e-3
+
+
+def test_fp16_on_a_cpu_is_said_to_be_slow():
+    assert "slow on a CPU" in choose_dtype("fp16", torch.device("cpu"), None, 1)[1]
 
 
 def test_fp16_follows_fp32_over_120_steps(store):

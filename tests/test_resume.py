@@ -25,6 +25,7 @@ from fastpoem.run.fit import assembled
 from fastpoem.run.fit import fit as run_fit
 from fastpoem.run.loop import Diverged, Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
+from fastpoem.run.trained import trained_model
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 
 
@@ -76,6 +77,30 @@ def test_stopped_and_resumed_is_untouched(base, untouched, tmp_path, monkeypatch
             assert rows(run.folder)[-1]["step"] == (42 if number == len(cuts) else cuts[number])
     assert_same(whole, run.folder)
     assert_tidy(run.folder)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_run_that_went_on_is_not_the_model_it_once_left(base, tmp_path, monkeypatch, best):
+    """RUN/model is of an earlier end; with --best it is of an earlier step as well, and the run's model as long as that is the best."""
+    common = settings(base, out=str(tmp_path / "run"), save_every=5, lr=0.0, val_poems=3, best=best)
+    run, heard = fastpoem.fit(**common | {"epochs": 2}), []
+    model = run.folder / "model"
+    assert fastpoem.Run(run.folder).model == model == run.model
+    told_at(monkeypatch, 32)
+    assert fastpoem.fit(**common, resume=True).stopped_by == signal.SIGTERM
+    newest = run.folder / "checkpoints/step-00000032"
+    copy = shutil.copytree(run.folder, tmp_path / "copy", copy_function=shutil.copyfile)  # with times of its own
+    for folder in (run.folder, copy):
+        assert fastpoem.Run(folder).model == (folder / "model" if best else folder / newest.relative_to(run.folder))
+    assert trained_model(str(run.folder), heard.append) == str(model if best else newest)
+    assert best or heard == [f"the model is {newest}: the run went on after {model} was written"]
+    (newest / "state.json").write_text("")  # then the newest whole one is
+    assert fastpoem.Run(run.folder).model == (model if best else newest.with_name("step-00000030"))
+    shutil.rmtree(run.folder / "checkpoints")
+    assert fastpoem.Run(run.folder).model == model
+    monkeypatch.undo()
+    fastpoem.fit(out=str(copy), resume=True)
+    assert fastpoem.Run(copy).model == copy / "model"
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ run does, and the token store made of it is found again.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -18,17 +20,18 @@ from typing import Any
 from fastpoem.corpus.formats import KEYS
 from fastpoem.corpus.source import PACKED, TEXT, UNREAD
 from fastpoem.errors import InputError, brief
-from fastpoem.paths import user_cache
+from fastpoem.paths import given_path, user_cache
 
+FOLDER = "given"  # in the cache
 ROWS = 1000  # of a dataset at a time
 MEND = "give a path, several, a list of poems or a datasets.Dataset"
 
 
-def as_paths(name: str, value: Any, field: str | None) -> tuple[str, ...]:
-    """The paths that the setting `name` means: those it lists, or the one of a file written now with the poems it holds. Raises
-    InputError."""
+def as_paths(name: str, value: Any, field: str | None, cache_dir: str | None = None) -> tuple[str, ...]:
+    """The paths that the setting `name` means: those it lists, or the one of a file written now with the poems it holds, in `cache_dir`,
+    None: the user's cache. Raises InputError."""
     if hasattr(value, "column_names") and hasattr(value, "__getitem__"):
-        return (_written(name, _rows(name, value, field)),)
+        return (_written(name, _rows(name, value, field), cache_dir),)
     if not isinstance(value, list | tuple):
         raise InputError(name, f"{brief(value, 40)} is of the wrong kind", MEND)
     if not value and isinstance(value, list):
@@ -39,7 +42,7 @@ def as_paths(name: str, value: Any, field: str | None) -> tuple[str, ...]:
                 raise InputError(f"{name}[{index}]", f"{brief(one, 40)} is no path", "give paths, or poems, not both")
         if any(isinstance(one, PurePath) or _looks_like_a_path(one) for one in value) or all(map(_exists, value)):
             return tuple(map(str, value))
-    return (_written(name, iter(value)),)
+    return (_written(name, iter(value), cache_dir),)
 
 
 def _exists(text: str) -> bool:
@@ -81,9 +84,15 @@ def _rows(name: str, dataset: Any, field: str | None) -> Iterator[Any]:
         yield from dataset[begin : begin + ROWS][wanted]
 
 
-def _written(name: str, poems: Iterator[Any]) -> str:
-    """The path of a .jsonl of these poems in the user's cache."""
-    folder = user_cache() / "given"
+def called(path: PurePath, name: str) -> str:
+    """What messages call the text at a path: `name`, but for one that was written here, whose name is a hash."""
+    ours = path.parent.name == FOLDER and re.fullmatch(r"[0-9a-f]{16}\.jsonl", path.name)
+    return "the given poems" if ours else name
+
+
+def _written(name: str, poems: Iterator[Any], cache_dir: str | None) -> str:
+    """The path of a .jsonl of these poems in `cache_dir`, or the user's cache."""
+    folder = (user_cache() if cache_dir is None else given_path("cache_dir", cache_dir).absolute()) / FOLDER
     made = folder / f".{secrets.token_hex(6)}.partial"
     digest = hashlib.sha256()
     try:
@@ -97,10 +106,11 @@ def _written(name: str, poems: Iterator[Any]) -> str:
         os.replace(made, path)
     except OSError as error:
         raise InputError(
-            folder, f"cannot be written ({error.strerror or error})", "set XDG_CACHE_HOME to another folder"
+            folder, f"cannot be written ({error.strerror or error})", "name another folder with cache_dir=…"
         ) from None
     finally:
-        made.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            made.unlink(missing_ok=True)
     return str(path)
 
 

@@ -76,6 +76,8 @@ def choose_dtype(wanted: str, device: torch.device, shape: GPT2Config, tokens: i
         raise InputError(
             "--precision bf16", f"{torch.cuda.get_device_name(device)} has no bf16", "use --precision fp16"
         )
+    if wanted == "fp16" and device.type == "cpu":
+        return torch.float16, "asked for; slow on a CPU, --precision auto is faster"
     if wanted != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[wanted], "asked for"
     if has_bf16(device):

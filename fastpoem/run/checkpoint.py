@@ -120,6 +120,14 @@ def newest_whole(run: Path) -> Path | None:
     return None
 
 
+def best_step(path: Path) -> int | None:
+    """The step with the lowest validation loss so far, by a checkpoint. None where it does not tell."""
+    with suppress(Damaged, OSError, KeyError, TypeError, IndexError):
+        step: int = _described(path)["state"]["best"][0]
+        return step
+    return None
+
+
 def clean(run: Path) -> None:
     """Remove what a killed run left half-done, and put back what it had only set aside. Only for who holds the run's lock."""
     for old in run.glob(f".step-*{disk.REPLACED}"):

@@ -114,6 +114,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     with voice.phase("measuring which precision is faster"):
         dtype, why = _choose_precision(config, device, computed, store, out)
+    asked = config  # as config.json has it: auto stays auto there
     config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
     if not trusted.sdpa:
         plain_attention()
@@ -168,12 +169,12 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         )
         torch.manual_seed(config.seed)
         with voice.phase("reading the newest checkpoint"):
-            state = _resume(loop, config) if config.resume else None
+            state = _resume(loop, asked) if config.resume else None
         if state is None and goes_on:  # the model has no weights yet
             raise InputError(out, "its checkpoints vanished while this command began", "give it again")
         with folder.refused_by_the_disk(out):
             loop.begin(state)
-            claim.config = folder.write_config(out, config, identity, store, device, dtype)
+            claim.config = folder.write_config(out, asked, identity, store, device, dtype)
         parameters = sum(p.numel() for p in model.parameters()) / 1e6
         voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
         voice.say(f"{order.steps:,} steps an epoch of {config.batch_size} poems, {about_batches}")

@@ -23,6 +23,7 @@ from fastpoem import disk
 from fastpoem.config import TrainConfig, with_defaults
 from fastpoem.corpus.plan import BucketOrder, Order
 from fastpoem.corpus.store import TokenStore
+from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import Ended, InputError
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2Config
@@ -242,27 +243,55 @@ def refuse_another_run(saved: dict[str, Any], now: dict[str, Any], out: Path, co
         ]  # the hash that follows from another difference
     # A recipe is only other defaults: without another difference, somebody has spelled its flags out.
     if any(not one.startswith("recipe ") for one in found):
-        mend = "leave out what differs, or train on from its weights: "
-        raise InputError(out, f"cannot be resumed: {'; '.join(found)}", mend + onward(out, config))
+        fits = _weights_fit(saved.get("shape"), now["shape"])
+        mend = f"leave out what differs, or {'train on from its weights' if fits else 'train a new run'}: "
+        raise InputError(out, f"cannot be resumed: {'; '.join(found)}", mend + onward(out, config, weights=fits))
 
 
-def onward(run: Path, config: TrainConfig) -> str:
-    """The command that trains a new run as `config` says, beginning with the weights of the one in `run`."""
-    model = Run(run, []).model
-    run = run if run.name else run.absolute()
+def _weights_fit(before: Any, now: dict[str, Any]) -> bool:
+    """Whether two shapes are those of one model, whatever is dropped and how many ids there are."""
+    return not isinstance(before, dict) or not any(
+        before.get(name) != now.get(name)
+        for name in {**before, **now}
+        if name != "vocab_size" and not name.endswith("_pdrop")
+    )
+
+
+def onward(run: Path, config: TrainConfig, *, weights: bool = True) -> str:
+    """The command that trains a new run as `config` says, beginning with the weights of the one in `run`; without `weights`, with those
+    that `config` names."""
+    folder, run = run, run if run.name else run.absolute()
     names = [run.with_name(f"{run.name}-{number}") for number in range(2, 1000)]
     new = next((path for path in names if not path.exists()), names[0])
-    config = dataclasses.replace(config, model=str(model), out=str(new), from_scratch=False, resume=False)
-    plain, flags = with_defaults(TrainConfig(model=config.model, recipe=config.recipe)), list[str]()
+    config = dataclasses.replace(config, out=str(new), resume=False)
+    if weights:
+        model = Run(folder, []).model
+        grow = config.grow_vocab or _is_new(config.line_break, model)
+        config = dataclasses.replace(config, model=str(model), from_scratch=False, grow_vocab=grow)
+    plain = with_defaults(TrainConfig(data=config.data, model=config.model, recipe=config.recipe))
+    flags, said = list[str](), set[str]()
     for name in ("model", "out", *(field.name for field in dataclasses.fields(config))):
         flag, value = "--" + name.replace("_", "-"), getattr(config, name)
-        if flag in flags or value == getattr(plain, name):
+        if name in said or value == getattr(plain, name):
             continue
+        said.add(name)
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
         else:
-            flags += [flag, *(value if isinstance(value, tuple) else [str(value)])]
+            values = value if isinstance(value, tuple) else (str(value),)
+            like_a_flag = any(one.startswith("-") for one in values)
+            flags += [f"{flag}={one}" for one in values] if like_a_flag else [flag, *values]
     return f"python -m fastpoem.train {shlex.join(flags)}"
+
+
+def _is_new(token: str | None, model: Path) -> bool:
+    """Whether the model in a folder has no row for a token for line breaks."""
+    if token is None:
+        return False
+    with contextlib.suppress(InputError):  # what is wrong with that model is for the command to say
+        index = PoemTokenizer.load(model, token).library.token_to_id(token)
+        return index is None or index >= hub.read_config(model)[0].vocab_size
+    return False
 
 
 def _for_json(value: Any) -> Any:
@@ -288,6 +317,7 @@ def write_config(
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype)[6:],
+        "batching": same["settings"]["batching"],  # what auto came to
         "store": {"path": str(store.path), "identity": store.identity, "rows": store.rows},
         "tokenizer": store.fingerprint,
         "model": same["shape"],

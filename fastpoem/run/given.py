@@ -16,6 +16,7 @@ import numpy as np
 from fastpoem.config import HUB_MODEL, TrainConfig
 from fastpoem.corpus.buckets import MANY, different, merged
 from fastpoem.corpus.copies import how_many_in
+from fastpoem.corpus.given_poems import called
 from fastpoem.corpus.grow import grown, lacking
 from fastpoem.corpus.hold_out import HeldOut, hold_out, one_of_each
 from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, whole_steps
@@ -106,7 +107,7 @@ def take(config: TrainConfig, voice: Voice) -> Given:
     try:
         whole_steps(store.rows - len(held.left_out), config.batch_size)
     except InputError as error:
-        raise InputError(source.shown, f"{error.thing}, {error.reason}", error.mend) from None
+        raise InputError(called(source.paths[0], source.shown), f"{error.thing}, {error.reason}", error.mend) from None
     ids = _ids(config, store, own, tokenizer, shape.vocab_size, voice) if config.vocab == "corpus" else None
     return Given(
         model_folder, hub_name, shape, raw_config, rows, fresh, tokenizer, store, held.left_out, validation, ids
@@ -157,7 +158,8 @@ def _refuse_new_line_break(config: TrainConfig, tokenizer: PoemTokenizer, shape:
     token = tokenizer.line_break
     index = None if token is None else tokenizer.library.token_to_id(token)
     if index is not None and index >= shape.vocab_size and not (config.from_scratch or config.grow_vocab):
-        free = next((f"[unused{n}]" for n in range(1, 100) if tokenizer.library.token_to_id(f"[unused{n}]")), None)
+        found = {one: tokenizer.library.token_to_id(one) for one in (f"[unused{n}]" for n in range(1, 100))}
+        free = next((one for one, at in found.items() if at is not None and at < shape.vocab_size), None)
         mend = (f"use {free}, or " if free else "") + "add --grow-vocab"
         raise InputError(f"--line-break {brief(token, 40)}", "is no token of this model", mend)
 
@@ -186,7 +188,7 @@ def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Va
         yield f"copies of other poems: {duplicates:,} (--dedup trains on one of each)"
     count = len(validation.rows)
     if validation.own:
-        yield f"validation on {count:,} poems of {', '.join(config.val_data)}"
+        yield f"validation on {count:,} poems of {', '.join(called(Path(one), one) for one in config.val_data)}"
         if known := how_many_in(store, validation.store, validation.rows):
             yield f"of these, {known:,} are in the training text too: on them the loss says nothing of new poems"
     elif count:
@@ -230,7 +232,7 @@ def _open_store(
     if not config.data and cache is None:  # not beside the package's own files
         cache = user_cache()
     begin = time.perf_counter()
-    with voice.phase(f"reading {source.name}"):
+    with voice.phase(f"reading {called(source.paths[0], source.name)}"):
         store = cached_store(
             source,
             tokenizer,
@@ -238,7 +240,9 @@ def _open_store(
             max_length=config.max_length or min(512, longest),
             buckets=config.buckets or 32,
         )
-    voice.say(f"{store.rows:,} poems of {source.name} in {store.path} ({time.perf_counter() - begin:.1f} s)")
+    voice.say(
+        f"{store.rows:,} poems of {called(source.paths[0], source.name)} in {store.path} ({time.perf_counter() - begin:.1f} s)"
+    )
     return store
 
 
