@@ -441,7 +441,7 @@ def test_a_line_break_is_printed_as_one(run, tmp_path, capsys):
     folder = shutil.copytree(run.model, tmp_path / "model")
     change(folder / "tokenizer_config.json", line_break_token="[unused1]")
     first, second = POEMS[3].split("[unused1]")
-    for prompt in (first[:3], first + "[unused1]", first + " [unused1] " + second[:2]):
+    for prompt in (first[:3], first + "[unused1]", first + " [unused1] " + second[:2], "\n" + first + " \r\n" + second):
         assert sample(folder, prompt, temperature=0) == [f"{first}\n{second}"]
     assert main(["--model", str(folder), "--prompt", first, first, "--temperature", "0"]) == 0
     assert capsys.readouterr().out == f"{first}\n{second}\n\n" * 2
@@ -469,7 +469,8 @@ def test_what_the_vocabulary_lacks_is_shown_and_named(run, capsys):
 def test_prompts_without_room_and_odd_ones(run):
     for prompt, says in (
         ("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it"),
-        ("a\nb", "on one line"),
+        ("a\nb", r"--prompt .*: this model has no line breaks; write the prompt on one line"),
+        ("a\rb", "use characters of UTF-8"),
     ):
         with pytest.raises(InputError, match=says):
             run.generate(["犁", prompt])
