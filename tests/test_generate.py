@@ -390,6 +390,23 @@ def test_transformers_folder_needs_no_argument(run):
     )
 
 
+def test_transformers_spells_as_we_do(base, tmp_path):
+    """Marks of two characters, □, and line breaks."""
+    folder = shutil.copytree(base, tmp_path / "model")
+    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("\n—\n□\n…\n")
+    tokenizer = PoemTokenizer.load(folder, "[unused1]")
+    files = {**tokenizer.files}
+    for name, content in (files | for_prompts(files, tokenizer)).items():
+        (folder / name).write_bytes(content)
+    again, auto = PoemTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert (again.fingerprint, again.line_break) == (tokenizer.fingerprint, "[unused1]")
+    ids = auto("春□月——天……[unused1]开 happy be")["input_ids"][1:]
+    assert ids == tokenizer.encode(["春□月——天……[unused1]开 happy be"], 99)[0].tolist()[1:-1]
+    expected = "春□月——天……\n开happy be"
+    assert auto.decode(ids) == Speller(again.library, again.library.token_to_id("[unused1]")).text(ids) == expected
+
+
 def bytes_of_pairs(folder: Path, frame: bool = True) -> Path:
     """A model folder without weights whose tokenizer is GPT-2's kind."""
     tiny_model(folder / "bytes", BUNDLED / "model")
@@ -464,15 +481,19 @@ def test_a_prompt_is_converted_as_the_text_was(run, tmp_path, monkeypatch, capsy
 def test_what_the_vocabulary_lacks_is_shown_and_named(run, capsys):
     assert run.generate("犁鱻開鱻", seed=1)[0].startswith("犁鱻開鱻")
     assert capsys.readouterr().err == "fastpoem: 犁鱻開鱻: the vocabulary lacks 鱻 開, which the model reads as [UNK]\n"
+    run.generate("[UNK]犁", seed=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_prompts_without_room_and_odd_ones(run):
     for prompt, says in (
-        ("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it"),
+        ("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it$"),
         ("a\nb", r"--prompt .*: this model has no line breaks; write the prompt on one line"),
         ("a\rb", "use characters of UTF-8"),
     ):
         with pytest.raises(InputError, match=says):
-            run.generate(["犁", prompt])
+            run.generate(["犁", prompt], max_length=64)  # the model has no more positions
+    with pytest.raises(InputError, match="within 9; shorten it or raise --max-length"):
+        run.generate("犁" * 8, max_length=9)
     assert run.generate("犁" * 62)[0].startswith("犁" * 62)
     assert np.unique(run.generate("", count=3, temperature=0)).size == 1

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fastpoem.config import MANY, NO_POEM
 from fastpoem.errors import InputError
 
-
 LINE_END = re.compile("[ \t]*\r?\n[ \t]*")  # inside a prompt, with the spaces beside it
 
 

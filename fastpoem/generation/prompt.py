@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.corpus.tokenizer_files import WIDE
 from fastpoem.errors import InputError, brief
 from fastpoem.generation.config import LINE_END
-from fastpoem.generation.spell import WIDE, Speller, tidy, token, visible
+from fastpoem.generation.spell import Speller, tidy, token, visible
 from fastpoem.model.cached import Cache
 from fastpoem.model.gpt2 import GPT2
 
@@ -88,8 +89,8 @@ class Reader:
         found = self.tokenizer.library.encode(shown, add_special_tokens=False)
         unknown = self.tokenizer.unk_id
         parts = [shown[slice(*span)] for span, one in zip(found.offsets, found.ids, strict=True) if one == unknown]
-        if parts and unknown is not None:
-            name, lacking = token(self.tokenizer.library, unknown), " ".join(dict.fromkeys(parts))
+        name = "" if unknown is None else token(self.tokenizer.library, unknown)
+        if lacking := " ".join(part for part in dict.fromkeys(parts) if part != name):
             self.say(f"{text}: the vocabulary lacks {lacking}, which the model reads as {name}")
 
     def _with_its_marks(self, text: str) -> str:
