@@ -79,6 +79,8 @@ def test_files_are_files(tmp_path: Path) -> None:
         ({"text": POEMS * 900}, "data: {'text'"),
         (7, "data: 7 is of the wrong kind; give a path, several, a list of poems or a datasets.Dataset"),
         (Dataset(verse=POEMS, n=[1, 2, 3]), "has the columns verse, n, none of a known name; name the one"),
+        (POEMS[0], "data '床前.*is no path; a text is given as a list: data="),
+        ("春\n江" * 900, "is no path; a text is given as a list: data="),
         ([{"text": {1, 2}}], r"data\[0\]: cannot be written as JSON"),
     ],
     ids=lambda value: repr(value)[:20],
