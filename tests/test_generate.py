@@ -395,16 +395,21 @@ def test_transformers_spells_as_we_do(base, tmp_path):
     folder = shutil.copytree(base, tmp_path / "model")
     with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
         file.write("\n—\n□\n…\n")
-    tokenizer = PoemTokenizer.load(folder, "[unused1]")
+    tokenizer = PoemTokenizer.load(folder, "[unused2]")
     files = {**tokenizer.files}
     for name, content in (files | for_prompts(files, tokenizer)).items():
         (folder / name).write_bytes(content)
     again, auto = PoemTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
-    assert (again.fingerprint, again.line_break) == (tokenizer.fingerprint, "[unused1]")
-    ids = auto("春□月——天……[unused1]开 happy be")["input_ids"][1:]
-    assert ids == tokenizer.encode(["春□月——天……[unused1]开 happy be"], 99)[0].tolist()[1:-1]
+    assert (again.fingerprint, again.line_break) == (tokenizer.fingerprint, "[unused2]")
+    text = "春□月——天……[unused2]开 happy be"
+    ids = auto(text)["input_ids"][1:]
+    assert ids == tokenizer.encode([text], 99)[0].tolist()[1:-1]
+    assert ids == BertTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
     expected = "春□月——天……\n开happy be"
-    assert auto.decode(ids) == Speller(again.library, again.library.token_to_id("[unused1]")).text(ids) == expected
+    assert auto.decode(ids, skip_special_tokens=True) == auto.decode(ids) == expected  # as in a pipeline
+    assert Speller(again.library, again.library.token_to_id("[unused2]")).text(ids) == expected
+    for name, content in for_prompts(again.files, again).items():  # trained on
+        assert content == (folder / name).read_bytes(), name
 
 
 def bytes_of_pairs(folder: Path, frame: bool = True) -> Path:

@@ -6,7 +6,8 @@ folder says that its tokenizer is its tokenizer.json, whose template begins a pr
 `pipeline("text-generation", RUN/model)` obey. `BertTokenizer.from_pretrained` still loads the folder, and frames as it always does.
 
 What training needs to know again (`fastpoem.corpus.pipeline`) stands under NOTES in tokenizer_config.json: the class and the frame that the
-tokenizer came with, and the conversion of the text.
+tokenizer came with, the conversion of the text, and the token for line breaks: a pipeline leaves special tokens out, so for transformers it
+is none, and is decoded to a line break.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, processors
 
-from fastpoem.corpus.pipeline import CONFIG, NOTES, tokenizer_config
+from fastpoem.corpus.pipeline import CONFIG, LINE_BREAK, NOTES, tokenizer_config
 from fastpoem.corpus.tokenize import PoemTokenizer
 
 NEVER = ("[UNK]", "[PAD]", "[CLS]", "[MASK]", "<unk>", "<pad>", "<s>", "<mask>")  # whatever a folder calls them
@@ -39,6 +40,13 @@ def for_prompts(files: Mapping[str, bytes], tokenizer: PoemTokenizer, convert: s
     library = json.loads(tokenizer.library.to_str())
     notes = {"tokenizer_class": config.get("tokenizer_class"), **config.get(NOTES, {}), "convert": convert}
     notes |= {"trained": {part: library[part] for part in ("post_processor", "decoder")}}
+    notes.pop(LINE_BREAK, None)
+    if tokenizer.line_break is not None and (library["decoder"] or {}).get("type") == "WordPiece":
+        config.pop(LINE_BREAK, None)
+        notes[LINE_BREAK] = tokenizer.line_break
+        recorded = (config.get("added_tokens_decoder") or {}).values()
+        for token in [*library["added_tokens"], *recorded]:
+            token["special"] = token.get("special", False) and token["content"] != tokenizer.line_break
     config.pop("auto_map", None)  # code of a stranger's, which does not come along
     config |= {name: text for name, text in _names(tokenizer).items() if not config.get(name)}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", NOTES: notes}
