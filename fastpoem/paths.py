@@ -21,6 +21,8 @@ def given_path(flag: str, text: str) -> Path:
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
             reason = f"cannot be a path ({error.strerror})"
+        if flag in ("--data", "--val-data") and not path.suffix and any(mark in text for mark in "\n。，"):
+            raise InputError(f"{flag} {text[:80]!r}", "is no path", "a text is given as a list: data=[…]") from None
     if reason is not None:
         raise InputError(f"{flag} {text[:80]!r}", reason, "give the path of a file or folder, or drop the flag")
     return path

@@ -615,7 +615,7 @@ def test_text_of_other_kinds_is_trained_on_and_said(base, tmp_path, capsys):
                  "20 came with the tokenizer's own frame", "[UNK] stands in the text 1 times"):  # fmt: skip
         assert part in said
     config = json.loads((run.model / "tokenizer_config.json").read_text())
-    assert config["line_break_token"] == "亩" and config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["fastpoem"]["line_break_token"] == "亩" and config["tokenizer_class"] == "PreTrainedTokenizerFast"
     tokenizer = PoemTokenizer.load(run.model)
     theirs = BertTokenizer.from_pretrained(run.model)
     assert (

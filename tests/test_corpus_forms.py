@@ -184,6 +184,10 @@ def test_a_field_that_is_not_there(tmp_path: Path) -> None:
     assert f"--field verse: is no column of {path}, which has text, author" in refusal(path, field="verse")
     lines = written(tmp_path / "a.jsonl", '{"text": "春"}')
     assert "item 1 is not a poem: it has 'text', not --field verse" in refusal(lines, field="verse")
+    nested = written(tmp_path / "b.jsonl", '{"data": {"content": ["春。", "夏。"]}}\n{"data": {"data": "秋"}}')
+    assert taken(nested, field="data")[0] == ["春。夏。", "秋"]
+    deep = written(tmp_path / "deep.json", '{"data": ' * 40 + '"春"' + "}" * 40)
+    assert "is not a poem" in refusal(deep, field="data")
     assert "--field text was not used" in taken(written(tmp_path / "a.txt", "春"), field="text")[1]
 
 

@@ -390,6 +390,28 @@ def test_transformers_folder_needs_no_argument(run):
     )
 
 
+def test_transformers_spells_as_we_do(base, tmp_path):
+    """Marks of two characters, □, and line breaks."""
+    folder = shutil.copytree(base, tmp_path / "model")
+    with open(folder / "vocab.txt", "a", encoding="utf-8") as file:
+        file.write("\n—\n□\n…\n")
+    tokenizer = PoemTokenizer.load(folder, "[unused2]")
+    files = {**tokenizer.files}
+    for name, content in (files | for_prompts(files, tokenizer)).items():
+        (folder / name).write_bytes(content)
+    again, auto = PoemTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert (again.fingerprint, again.line_break) == (tokenizer.fingerprint, "[unused2]")
+    text = "春□月——天……[unused2]开 happy be"
+    ids = auto(text)["input_ids"][1:]
+    assert ids == tokenizer.encode([text], 99)[0].tolist()[1:-1]
+    assert ids == BertTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+    expected = "春□月——天……\n开happy be"
+    assert auto.decode(ids, skip_special_tokens=True) == auto.decode(ids) == expected  # as in a pipeline
+    assert Speller(again.library, again.library.token_to_id("[unused2]")).text(ids) == expected
+    for name, content in for_prompts(again.files, again).items():  # trained on
+        assert content == (folder / name).read_bytes(), name
+
+
 def bytes_of_pairs(folder: Path, frame: bool = True) -> Path:
     """A model folder without weights whose tokenizer is GPT-2's kind."""
     tiny_model(folder / "bytes", BUNDLED / "model")
@@ -441,7 +463,7 @@ def test_a_line_break_is_printed_as_one(run, tmp_path, capsys):
     folder = shutil.copytree(run.model, tmp_path / "model")
     change(folder / "tokenizer_config.json", line_break_token="[unused1]")
     first, second = POEMS[3].split("[unused1]")
-    for prompt in (first[:3], first + "[unused1]", first + " [unused1] " + second[:2]):
+    for prompt in (first[:3], first + "[unused1]", first + " [unused1] " + second[:2], "\n" + first + " \r\n" + second):
         assert sample(folder, prompt, temperature=0) == [f"{first}\n{second}"]
     assert main(["--model", str(folder), "--prompt", first, first, "--temperature", "0"]) == 0
     assert capsys.readouterr().out == f"{first}\n{second}\n\n" * 2
@@ -464,14 +486,19 @@ def test_a_prompt_is_converted_as_the_text_was(run, tmp_path, monkeypatch, capsy
 def test_what_the_vocabulary_lacks_is_shown_and_named(run, capsys):
     assert run.generate("犁鱻開鱻", seed=1)[0].startswith("犁鱻開鱻")
     assert capsys.readouterr().err == "fastpoem: 犁鱻開鱻: the vocabulary lacks 鱻 開, which the model reads as [UNK]\n"
+    run.generate("[UNK]犁", seed=1)
+    assert capsys.readouterr().err == ""
 
 
 def test_prompts_without_room_and_odd_ones(run):
     for prompt, says in (
-        ("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it"),
-        ("a\nb", "on one line"),
+        ("犁" * 63, "--prompt of 63 tokens: leaves no room within 64; shorten it$"),
+        ("a\nb", r"--prompt .*: this model has no line breaks; write the prompt on one line"),
+        ("a\rb", "use characters of UTF-8"),
     ):
         with pytest.raises(InputError, match=says):
-            run.generate(["犁", prompt])
+            run.generate(["犁", prompt], max_length=64)  # the model has no more positions
+    with pytest.raises(InputError, match="within 9; shorten it or raise --max-length"):
+        run.generate("犁" * 8, max_length=9)
     assert run.generate("犁" * 62)[0].startswith("犁" * 62)
     assert np.unique(run.generate("", count=3, temperature=0)).size == 1

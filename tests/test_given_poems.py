@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fastpoem.config import from_kwargs
@@ -46,7 +47,10 @@ def test_poems_become_a_file_by_their_content(cache: Path) -> None:
     big = Dataset(id=list(range(2500)), content=[f"第{n}首" for n in range(2500)])
     assert read(big) == big.columns["content"]
     assert read(Dataset(verse=POEMS, n=[1, 2, 3]), field="verse") == POEMS
-    assert len(list((cache / "fastpoem/given").iterdir())) == 5  # one a text, and nothing half-made
+    (path,) = as_paths("data", Dataset(verse=POEMS), "verse")
+    assert json.loads(Path(path).read_text(encoding="utf-8").splitlines()[0]) == {"verse": POEMS[0]}  # so it is used
+    assert read(np.array(POEMS)) == read(np.array(POEMS, object)) == POEMS
+    assert len(list((cache / "fastpoem/given").iterdir())) == 6  # one a text (and field), and nothing half-made
     assert from_kwargs(val_data=POEMS).val_data == from_kwargs(data=POEMS).data
 
 
@@ -87,6 +91,8 @@ def test_files_are_files(tmp_path: Path) -> None:
         ({"text": POEMS * 900}, "data: {'text'"),
         (7, "data: 7 is of the wrong kind; give a path, several, a list of poems or a datasets.Dataset"),
         (Dataset(verse=POEMS, n=[1, 2, 3]), "has the columns verse, n, none of a known name; name the one"),
+        (POEMS[0], "data '床前.*is no path; a text is given as a list: data="),
+        ("春\n江" * 900, "is no path; a text is given as a list: data="),
         ([{"text": {1, 2}}], r"data\[0\]: cannot be written as JSON"),
     ],
     ids=lambda value: repr(value)[:20],

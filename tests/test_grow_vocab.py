@@ -81,6 +81,8 @@ def test_every_character_is_one_id_for_us_and_for_transformers(tmp_path, variant
     assert PoemTokenizer.load(folder).fingerprint == tokenizer.fingerprint
     assert grown(before, chars).fingerprint == tokenizer.fingerprint != before.fingerprint
     new = range(before.vocab_size, tokenizer.vocab_size)
+    inside = {index for token, index in tokenizer.library.get_vocab(True).items() if token.startswith("##")}
+    new = [index for index in new if index not in inside]  # each letter is one inside a word too
     assert len(new) == len(chars) > 4
     beside = {tokenizer.library.token_to_id(" ")}  # of the variant where spaces are a token
     for char, index in zip(chars, new, strict=True):
@@ -94,6 +96,21 @@ def test_every_character_is_one_id_for_us_and_for_transformers(tmp_path, variant
             assert len(theirs) == max(theirs.get_vocab().values()) + 1 == tokenizer.vocab_size
     for token in before.library.get_vocab(True):  # and no id is another's now
         assert tokenizer.library.token_to_id(token) == before.library.token_to_id(token)
+
+
+def test_words_of_letters_stay_words(tmp_path):
+    text = ["don't worry 2024, Αλφα Привет", "春wor江 w, o"]
+    tokenizer = grown(*of(folder_of(tmp_path, "plain"), text))
+    assert not lacking(tokenizer, [Block(text, 0)])
+    folder = saved(tokenizer, tmp_path / "saved")
+    for row in text:
+        ids = tokenizer.encode([row], 99)[0].tolist()
+        assert tokenizer.unk_id not in ids and len(ids) == 2 + len(row.replace(" ", ""))
+        for kind in (AutoTokenizer, BertTokenizer):
+            theirs = kind.from_pretrained(folder)
+            assert theirs(row, add_special_tokens=False).input_ids == ids[1:-1]
+            assert theirs.decode(ids[1:-1], clean_up_tokenization_spaces=False).count(" ") < 12
+            assert "worry" not in row or "worry 2024" in theirs.decode(ids[1:-1])
 
 
 PIECES = ["<pad>", "<s>", "</s>", "<unk>", "春", "。", "面", "，"]

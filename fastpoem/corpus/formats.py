@@ -63,6 +63,9 @@ class Taker:
                     return
                 raise _no_poem(place, value, self.source.field)
             value = value[key]
+            if isinstance(value, dict) and depth < DEEPEST:  # {"data": {"content": …}}
+                yield from self.poems(value, place, depth + 1)
+                return
             if value is None:
                 value = ""
         if isinstance(value, str):

@@ -32,6 +32,8 @@ def as_paths(name: str, value: Any, field: str | None, cache_dir: str | None = N
     None: the user's cache. Raises InputError."""
     if hasattr(value, "column_names") and hasattr(value, "__getitem__"):
         return (_written(name, _rows(name, value, field), cache_dir),)
+    if len(getattr(value, "shape", ())) == 1 and hasattr(value, "tolist"):  # of NumPy, or a pandas Series
+        value = value.tolist()
     if not isinstance(value, list | tuple):
         raise InputError(name, f"{brief(value, 40)} is of the wrong kind", MEND)
     if not value and isinstance(value, list):
@@ -81,7 +83,8 @@ def _rows(name: str, dataset: Any, field: str | None) -> Iterator[Any]:
             "name the one that holds the poems with field=",
         )
     for begin in range(0, len(dataset), ROWS):
-        yield from dataset[begin : begin + ROWS][wanted]
+        for cell in dataset[begin : begin + ROWS][wanted]:
+            yield cell if field is None else {field: cell}  # read as any text is whose poems have a name
 
 
 def called(path: PurePath, name: str) -> str:

@@ -1,13 +1,14 @@
 """Characters that a text has and a vocabulary lacks, and the tokenizer with an id for each of them.
 
-A character that the pipeline sets apart in any company (all of CJK) becomes a word of the vocabulary. Any other (〇, □, an emoji, a letter
-of a foreign script) would be one only where it stands alone, as WordPiece looks for `##c` inside a word: it becomes an added token, which
-is found everywhere. Both are one id for this package, for BertTokenizer and for AutoTokenizer, because the grown tokenizer *is* its files:
+A character that the pipeline sets apart in any company (all of CJK) becomes a word of the vocabulary. A letter with a case or a digit
+(Latin, Greek, Cyrillic) becomes two, `c` and the `##c` that WordPiece looks for inside a word, so that words stay whole. Any other (〇, □, an
+emoji, kana) would be one only where it stands alone: it becomes an added token, which is found everywhere. All are one id for this package, for BertTokenizer and for AutoTokenizer, because the grown tokenizer *is* its files:
 they are written first and loaded as any other folder is.
 """
 
 import json
 import tempfile
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 
 MOST_POINTS = 0x110000
+CASED = ("Lu", "Ll", "Lt", "Nd")
 BESIDE = "a"  # a letter, which would make a word with any character that is not set apart
 
 
@@ -34,7 +36,12 @@ def lacking(tokenizer: PoemTokenizer, blocks: Iterable[Block]) -> list[str]:
     found = np.flatnonzero(counts)
     chars = [chr(point) for point in found[np.argsort(-counts[found], kind="stable")].tolist()]
     encodings = tokenizer.library.encode_batch(chars, add_special_tokens=False)
-    return [char for char, encoding in zip(chars, encodings, strict=True) if tokenizer.unk_id in encoding.ids]
+    known, pieces = tokenizer.library.get_vocab(True), _Pieces(tokenizer.library)
+    return [
+        char
+        for char, encoding in zip(chars, encodings, strict=True)
+        if tokenizer.unk_id in encoding.ids or any(piece not in known for piece in pieces(char))
+    ]
 
 
 def grown(tokenizer: PoemTokenizer, chars: Iterable[str]) -> PoemTokenizer:
@@ -44,7 +51,16 @@ def grown(tokenizer: PoemTokenizer, chars: Iterable[str]) -> PoemTokenizer:
     config = json.loads(files.get("tokenizer_config.json", b"{}"))
     by_words = saved["model"].get("type") in ("WordPiece", "WordLevel")
     words: dict[str, int] = {}
+    pieces = _Pieces(library)
     for char in chars:
+        if both := pieces(char):
+            words |= {
+                one: tokenizer.vocab_size + len(words) + place
+                for place, one in enumerate(
+                    one for one in both if one not in words and library.token_to_id(one) is None
+                )
+            }
+            continue
         word = _set_apart(library, char) if by_words else None
         if word in words or (word is not None and library.token_to_id(word) is not None):
             continue  # two characters that are normalized to one
@@ -75,6 +91,26 @@ def grown(tokenizer: PoemTokenizer, chars: Iterable[str]) -> PoemTokenizer:
     if any(found.library.token_to_id(word) != index for word, index in words.items()):
         raise InputError("--grow-vocab", "the ids of this tokenizer have gaps", "save it anew with transformers first")
     return found
+
+
+class _Pieces:
+    """The words of WordPiece that a letter with a case or a digit is at the beginning of a word and inside it, () for any other character."""
+
+    def __init__(self, library: Tokenizer) -> None:
+        self.library, model = library, json.loads(library.to_str())["model"]
+        self.added = {token.content for token in library.get_added_tokens_decoder().values()}
+        # Where CJK is not set apart, a letter would make one word with it, of pieces that no vocabulary has.
+        by_pieces = model.get("type") == "WordPiece" and _set_apart(library, "一") is not None
+        self.prefix: str | None = model["continuing_subword_prefix"] if by_pieces else None
+
+    def __call__(self, char: str) -> tuple[str, ...]:
+        if self.prefix is None or unicodedata.category(char) not in CASED or self.library.pre_tokenizer is None:
+            return ()
+        word = (self.library.normalizer.normalize_str(char) if self.library.normalizer else char).strip()
+        if len(word) != 1 or not {char, word}.isdisjoint(self.added) or unicodedata.category(word) not in CASED:
+            return ()
+        whole = [text for text, _ in self.library.pre_tokenizer.pre_tokenize_str(BESIDE + word + BESIDE)]
+        return (word, self.prefix + word) if whole == [BESIDE + word + BESIDE] else ()
 
 
 def _set_apart(library: Tokenizer, char: str) -> str | None:

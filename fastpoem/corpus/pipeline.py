@@ -60,6 +60,9 @@ def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenize
             raise InputError(path, "is too large for a tokenizer's file", "fetch the model folder again")
     config = tokenizer_config(folder)
     trained = config.get(NOTES, {})
+    noted = None if LINE_BREAK in config else trained.get(LINE_BREAK)
+    if noted is not None:
+        config[LINE_BREAK] = noted
     if line_break is not None:
         config[LINE_BREAK] = line_break
     has_json, has_vocab = (folder / "tokenizer.json").is_file(), (folder / "vocab.txt").is_file()
@@ -77,6 +80,9 @@ def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenize
     try:
         saved = _object(folder / "tokenizer.json")
         _refuse_odd_ids(folder, config, saved)
+        recorded = [*(saved.get("added_tokens") or []), *(config.get("added_tokens_decoder") or {}).values()]
+        for token in recorded if noted is not None else []:
+            token["special"] = token.get("special", False) or token["content"] == noted  # as it was in training
         if kind in ("BertTokenizer", "BertTokenizerFast"):
             library, names = _bert(folder, config, saved, has_json)
         elif has_json:
@@ -112,7 +118,8 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 
 def line_break_of(folder: Path) -> str | None:
     """The token that stands for a line break in the poems of a model folder's tokenizer. Raises InputError."""
-    value = _object(folder / "tokenizer_config.json").get(LINE_BREAK)
+    config = tokenizer_config(folder)
+    value = config.get(LINE_BREAK, config.get(NOTES, {}).get(LINE_BREAK))
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) and value else None
 

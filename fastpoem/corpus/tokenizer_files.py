@@ -6,24 +6,31 @@ folder says that its tokenizer is its tokenizer.json, whose template begins a pr
 `pipeline("text-generation", RUN/model)` obey. `BertTokenizer.from_pretrained` still loads the folder, and frames as it always does.
 
 What training needs to know again (`fastpoem.corpus.pipeline`) stands under NOTES in tokenizer_config.json: the class and the frame that the
-tokenizer came with, and the conversion of the text.
+tokenizer came with, the conversion of the text, and the token for line breaks: a pipeline leaves special tokens out, so for transformers it
+is none, and is decoded to a line break.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, processors
 
-from fastpoem.corpus.pipeline import CONFIG, NOTES, tokenizer_config
+from fastpoem.corpus.pipeline import CONFIG, LINE_BREAK, NOTES, tokenizer_config
 from fastpoem.corpus.tokenize import PoemTokenizer
 
 NEVER = ("[UNK]", "[PAD]", "[CLS]", "[MASK]", "<unk>", "<pad>", "<s>", "<mask>")  # whatever a folder calls them
-# Between CJK, full-width marks and anything no space stands: for transformers, whose BERT decoder sets one between all tokens.
-_WIDE = r"[\x{2e80}-\x{a4cf}\x{ac00}-\x{d7af}\x{f900}-\x{faff}\x{fe30}-\x{fe4f}\x{ff00}-\x{ffef}\x{20000}-\x{3ffff}]"
+# Radicals to ideographs with their marks and kana, compatibility forms, full-width forms, the planes of rare characters; □ and its kin.
+# Beside them no space stands, though BERT's decoder sets one between all tokens.
+WIDE = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff\u25a0-\u25ff"
+GAPS = (  # spaces that are none, for Python's regular expressions and the library's
+    f"(?<=[{WIDE}]) +| +(?=[{WIDE}])",
+    r"(?<=—) +(?=—)|(?<=…) +(?=…)|(?<=·) +(?=·)",  # one mark of two characters
+)
 
 
 def for_prompts(files: Mapping[str, bytes], tokenizer: PoemTokenizer, convert: str | None = None) -> dict[str, bytes]:
@@ -33,6 +40,13 @@ def for_prompts(files: Mapping[str, bytes], tokenizer: PoemTokenizer, convert: s
     library = json.loads(tokenizer.library.to_str())
     notes = {"tokenizer_class": config.get("tokenizer_class"), **config.get(NOTES, {}), "convert": convert}
     notes |= {"trained": {part: library[part] for part in ("post_processor", "decoder")}}
+    notes.pop(LINE_BREAK, None)
+    if tokenizer.line_break is not None and (library["decoder"] or {}).get("type") == "WordPiece":
+        config.pop(LINE_BREAK, None)
+        notes[LINE_BREAK] = tokenizer.line_break
+        recorded = (config.get("added_tokens_decoder") or {}).values()
+        for token in [*library["added_tokens"], *recorded]:
+            token["special"] = token.get("special", False) and token["content"] != tokenizer.line_break
     config.pop("auto_map", None)  # code of a stranger's, which does not come along
     config |= {name: text for name, text in _names(tokenizer).items() if not config.get(name)}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", NOTES: notes}
@@ -73,6 +87,9 @@ def _beginning(tokenizer: PoemTokenizer, parts: dict[str, Any]) -> str:
         single=[first, "$A"], pair=[first, "$A", "$B:1"], special_tokens=[(first, tokenizer.cls_id)]
     )
     if (parts["decoder"] or {}).get("type") == "WordPiece":
-        gaps = decoders.Replace(Regex(f"(?<={_WIDE}) +| +(?={_WIDE})"), "")
-        library.decoder = decoders.Sequence([library.decoder, decoders.Fuse(), gaps])
+        closed = [decoders.Replace(Regex(gap), "") for gap in GAPS]
+        broken = []
+        if tokenizer.line_break is not None:
+            broken = [decoders.Replace(Regex(f" *{re.escape(tokenizer.line_break)} *"), "\n")]
+        library.decoder = decoders.Sequence([library.decoder, decoders.Fuse(), *broken, *closed])
     return library.to_str()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from fastpoem.config import MANY, NO_POEM
 from fastpoem.errors import InputError
+
+LINE_END = re.compile("[ \t]*\r?\n[ \t]*")  # inside a prompt, with the spaces beside it
 
 
 @dataclass(frozen=True)
@@ -15,7 +18,7 @@ class GenerateConfig:
     model: str
     """A run's folder, the folder of a model, or a Hugging Face name."""
     prompt: tuple[str, ...] = ()
-    """How the poem begins. Several begin several poems."""
+    """How the poem begins, its line breaks as they are. Several begin several poems."""
     count: int = 1
     """Poems to write, of each prompt."""
     max_length: int = 128
@@ -32,7 +35,7 @@ class GenerateConfig:
     """auto, cpu, cuda or cuda:N."""
 
     def check(self) -> GenerateConfig:
-        odd = next((prompt for prompt in self.prompt if NO_POEM.search(prompt)), None)
+        odd = next((prompt for prompt in self.prompt if NO_POEM.search(LINE_END.sub("", prompt))), None)
         rules = (
             ("count", 1 <= self.count <= MANY, "use 1 or more"),
             ("max_length", self.max_length >= 3, "use 3 or more"),
@@ -42,7 +45,7 @@ class GenerateConfig:
                 "use 0, or 0.001 and more",
             ),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "use 0 to 9223372036854775807"),
-            ("prompt", odd is None, "use characters of UTF-8 on one line"),
+            ("prompt", odd is None, "use characters of UTF-8"),
             ("top_k", self.top_k >= 0, "use 0 or more"),
             ("top_p", 0 < self.top_p <= 1, "use more than 0, at most 1"),
         )

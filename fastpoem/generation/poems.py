@@ -59,7 +59,7 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
         for prompt in prompts:
             if len(prompt.ids) >= longest:
                 reason = f"leaves no room within {longest}"
-                mend = "shorten it" if longest < config.max_length else "shorten it or raise --max-length"
+                mend = "shorten it" if longest == shape.n_positions else "shorten it or raise --max-length"
                 raise InputError(f"--prompt of {len(prompt.ids) - 1} tokens", reason, mend)
         seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
         begun = [prompt.ids for prompt in prompts]

@@ -2,7 +2,8 @@
 
 The text of a corpus was perhaps converted (--convert), and its marks are full-width: a prompt is treated likewise. A poem's frame may stand
 in a prompt as somebody saw it elsewhere (`[CLS]秦川`, or a whole `[CLS]…[SEP]`); other special tokens are text. A [SEP] that stands alone is
-one that the text has inside, as between the lines of a couplet, and is read as it is.
+one that the text has inside, as between the lines of a couplet, and is read as it is. A line break is read as the token that the model has
+for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from typing import NamedTuple
 import torch
 
 from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.generation.spell import WIDE, Speller, tidy, token, visible
+from fastpoem.corpus.tokenizer_files import WIDE
+from fastpoem.errors import InputError, brief
+from fastpoem.generation.config import LINE_END
+from fastpoem.generation.spell import Speller, tidy, token, visible
 from fastpoem.model.cached import Cache
 from fastpoem.model.gpt2 import GPT2
 
@@ -65,18 +69,28 @@ class Reader:
         self.convert = _conversion(convert, say)
 
     def __call__(self, text: str) -> Prompt:
+        text = self._on_one_line(text)
         shown = self.convert(unframed(self.tokenizer, text))
         if not self.speller.exact:
             shown = self._with_its_marks(tidy(visible(shown)))
         self._name_unknown(text, shown)
         return Prompt(shown, read(self.tokenizer, shown))
 
+    def _on_one_line(self, text: str) -> str:
+        """`text` with the model's token for its line breaks, those before it left out. Raises InputError where the model has none."""
+        text, mark = text.lstrip("\r\n"), self.tokenizer.line_break
+        if mark is None and LINE_END.search(text):
+            raise InputError(
+                f"--prompt {brief(text, 40)}", "this model has no line breaks", "write the prompt on one line"
+            )
+        return text if mark is None else LINE_END.sub(lambda _: mark, text)
+
     def _name_unknown(self, text: str, shown: str) -> None:
         found = self.tokenizer.library.encode(shown, add_special_tokens=False)
         unknown = self.tokenizer.unk_id
         parts = [shown[slice(*span)] for span, one in zip(found.offsets, found.ids, strict=True) if one == unknown]
-        if parts and unknown is not None:
-            name, lacking = token(self.tokenizer.library, unknown), " ".join(dict.fromkeys(parts))
+        name = "" if unknown is None else token(self.tokenizer.library, unknown)
+        if lacking := " ".join(part for part in dict.fromkeys(parts) if part != name):
             self.say(f"{text}: the vocabulary lacks {lacking}, which the model reads as {name}")
 
     def _with_its_marks(self, text: str) -> str:

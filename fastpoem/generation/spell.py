@@ -13,11 +13,10 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-# Radicals to ideographs with their marks and kana, compatibility forms, full-width forms, the planes of rare characters; □ and its kin
-WIDE = "\u2e80-\ua4cf\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff\u25a0-\u25ff"
+from fastpoem.corpus.tokenizer_files import GAPS
+
 _TIDY = (
-    (re.compile(rf"(?<=[{WIDE}]) +| +(?=[{WIDE}])"), ""),
-    (re.compile(r"(?<=([—…·])) +(?=\1)"), ""),  # one mark of two characters
+    *((re.compile(gap), "") for gap in GAPS),
     (re.compile(r" +(?=[,.!?;:%)\]}])"), ""),
     (re.compile(r"(?<=[(\[{]) +"), ""),
     (re.compile(r"(?<=[A-Za-z]) ?(['’-]) ?(?=[A-Za-z])"), r"\1"),
