@@ -129,7 +129,7 @@ def _grown(source: Source, ready: TokenStore | None, tokenizer: PoemTokenizer, v
     found = grown(tokenizer, chars)
     shown = f"{' '.join(chars[:12])}{' …' if len(chars) > 12 else ''}"
     added = found.vocab_size - tokenizer.vocab_size
-    voice.say(f"--grow-vocab: {added:,} characters that the vocabulary lacks get ids and rows: {shown}")
+    voice.say(f"--grow-vocab: {len(chars):,} characters that the vocabulary lacks get {added:,} ids and rows: {shown}")
     return found
 
 
