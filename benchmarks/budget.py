@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from fastpoem_kernels.arguments import Parser
 
-from fastpoem.engine.checks import REAL
-from fastpoem.engine.machine import PEAKS, Peak
-from fastpoem.engine.trial import POEMS
+from fastpoem.doctor.checks import REAL
+from fastpoem.doctor.machine import PEAKS, Peak
+from fastpoem.doctor.trial import POEMS
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.model.hub import count_parameters
 

@@ -4,21 +4,23 @@
     run.generate("春江", count=3)
     fastpoem.Run("runs/x").generate("春江")  # one that was trained before
 
-Rooms, downwards: the commands (train, prepare, generate) call run/, which drives engine/, which knows model/ and corpus/, which rest on
-the package fastpoem_kernels. Importing fastpoem imports none of them: torch alone takes seconds.
+Rooms, downwards: the commands (train, prepare, generate) call run/, which asks doctor/ what this machine may be trusted with and drives
+engine/, which knows model/ and corpus/, which rest on the package fastpoem_kernels (tests/test_imports.py holds it so). Importing fastpoem
+imports none of them: torch alone takes seconds.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fastpoem.version import __version__
+
 if TYPE_CHECKING:
     from fastpoem.api import fit as fit
     from fastpoem.corpus.store import TokenStore as TokenStore
     from fastpoem.run.opened import Run as Run
 
-__version__ = "0.1.0"
-__all__ = ["Run", "TokenStore", "fit"]
+__all__ = ["Run", "TokenStore", "__version__", "fit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,12 @@ import re
 import shlex
 import signal
 import sys
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fastpoem import signals
 from fastpoem.cli import kinds, read
-from fastpoem.config import TrainConfig, from_kwargs
+from fastpoem.config import TrainConfig, coerce, from_kwargs
 from fastpoem.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 KINDS = kinds(TrainConfig)
 TRAIN = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.engine.trust", "fastpoem.run.fit")
+SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
 NOT_GIVEN: Any = ()
 
 
@@ -47,7 +48,7 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
     try:
         with stop:
             given: dict[str, Any] = {} if data is NOT_GIVEN else {"data": data}
-            config = from_kwargs(**given, **settings)
+            config = configured(**given, **settings)
             signals.imported(*SLOW)
             from fastpoem.run.fit import fit as run_fit
             from fastpoem.run.metrics import Voice
@@ -69,6 +70,17 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
         assert stopped is not None
         raise stopped  # who listened before has not ended anything
     return run
+
+
+def configured(**settings: Any) -> TrainConfig:
+    """The checked configuration of a call; poems given as they are have been written to files. Raises InputError."""
+    for name in ("data", "val_data"):
+        if name in settings and not isinstance(settings[name], str | PurePath | None):
+            from fastpoem.corpus.given_poems import as_paths
+
+            cache = coerce("cache_dir", settings.get("cache_dir"), "str | None")
+            settings[name] = as_paths(name, settings[name], settings.get("field"), cache)
+    return from_kwargs(**settings)
 
 
 def in_python(error: InputError) -> InputError:

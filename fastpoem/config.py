@@ -266,7 +266,7 @@ def saved_settings(run: Path) -> dict[str, Any] | None:
             with contextlib.suppress(ValueError):
                 value = float(value)  # JSON has no infinity
         try:
-            saved[name] = _coerce(name, value, known[name])
+            saved[name] = coerce(name, value, known[name])
         except InputError:
             raise InputError(file, f"is damaged: its {name} is {value!r:.40}", mend) from None
     for name in ("data", "val_data", "model", "cache_dir"):  # as they were meant where the run was started
@@ -291,23 +291,17 @@ def from_kwargs(**settings: Any) -> TrainConfig:
     Raises InputError for a name that is no setting or a value out of range or of the wrong kind.
     """
     known = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for name in ("data", "val_data"):
-        if name in settings and not isinstance(settings[name], str | PurePath | None):
-            from fastpoem.corpus.given_poems import as_paths
-
-            cache = _coerce("cache_dir", settings.get("cache_dir"), "str | None")
-            settings[name] = as_paths(name, settings[name], settings.get("field"), cache)
     for name, value in settings.items():
         if name not in known:
             near = difflib.get_close_matches(name, [*known, *OTHER_NAMES], n=1, cutoff=0.6)
             mend = f"did you mean {OTHER_NAMES.get(near[0], near[0])}?" if near else "see help(fastpoem.fit)"
             raise InputError(name[:80], "no such setting", mend)
-        settings[name] = _coerce(name, value, str(known[name].type))
+        settings[name] = coerce(name, value, str(known[name].type))
     base = with_defaults(TrainConfig(**settings), settings)
     return dataclasses.replace(base, **settings).check()
 
 
-def _coerce(name: str, value: Any, kind: str) -> Any:
+def coerce(name: str, value: Any, kind: str) -> Any:
     """Check a keyword's value against its annotation, so that a call is held to what the command line is held to."""
     if value is None and "None" in kind:
         return None

@@ -108,9 +108,9 @@ def trained(device: torch.device, packed: bool, steps: int = 6) -> dict[str, Any
     """Losses, norms and totals of a few steps on `device` and of a validation after them."""
     from fastpoem.config import TrainConfig
     from fastpoem.corpus.feed import Rows, Shape
+    from fastpoem.doctor.trust import decide
     from fastpoem.engine.optim import FlatAdamW
     from fastpoem.engine.step import Pieces, TrainStep, evaluate, home
-    from fastpoem.engine.trust import decide
     from fastpoem.model.gpt2 import GPT2, GPT2Config
 
     model = GPT2(GPT2Config(101, 24, 16, 2, 2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0))

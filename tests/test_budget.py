@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import arithmetic, budget
-from fastpoem.engine.checks import REAL
+from fastpoem.doctor.checks import REAL
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import fastpoem
-from fastpoem.engine import cards, precision, trust
+from fastpoem.doctor import verdicts
+from fastpoem.engine import cards, precision
 from fastpoem.errors import InputError
 
 
@@ -109,13 +110,12 @@ def test_a_cache_folder_is_obeyed_by_all_that_is_kept(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
     seen = []
-    monkeypatch.setattr(trust, "decide", trust.decide)
     loaded = lambda: native._kept_at(["/bin/sh"]).parent
 
     def look(*_):
         seen.append(
             (
-                trust.place(),
+                verdicts.place(),
                 loaded(),
                 cards.os.environ.get("TORCHINDUCTOR_CACHE_DIR"),
                 cards.os.environ["TRITON_CACHE_DIR"],

@@ -24,7 +24,7 @@ from fastpoem.cli import flag_of, kinds, parse, run_command
 from fastpoem.config import TrainConfig, from_kwargs, saved_settings, with_defaults
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.doctor import DoctorConfig
+from fastpoem.doctor.__main__ import DoctorConfig
 from fastpoem.errors import InputError
 from fastpoem.generate import GenerateConfig
 from fastpoem.model.hub import BUNDLED

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastpoem_kernels.check import check
 
-from fastpoem.engine import checks, trust
+from fastpoem.doctor import apart, checks, verdicts
 from fastpoem.engine.compile import why_not_compile
 
 CUDA = torch.device("cuda")
@@ -29,11 +29,11 @@ def test_kernels(rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_what_training_uses(dtype, packed):
     names = checks.wanted(dtype, vocabulary=21128, packed=packed, compiles=why_not_compile(CUDA) is None, graphs=True)
-    found = dict(trust.in_a_process(CUDA, names))
-    assert {name: trust.failures(records) for name, records in found.items()} == {name: {} for name in names}
+    found = dict(apart.in_a_process(CUDA, names))
+    assert {name: verdicts.failures(records) for name, records in found.items()} == {name: {} for name in names}
 
 
 def test_the_real_model():
     names = ["compiled bfloat16 full", "replay bfloat16 full compiled"]
-    found = dict(trust.in_a_process(CUDA, names))
-    assert {name: trust.failures(records) for name, records in found.items()} == {name: {} for name in names}
+    found = dict(apart.in_a_process(CUDA, names))
+    assert {name: verdicts.failures(records) for name, records in found.items()} == {name: {} for name in names}

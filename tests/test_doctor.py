@@ -15,9 +15,11 @@ import torch
 from fastpoem_kernels import native, plain
 from fastpoem_kernels.check import Record, check
 
-from fastpoem import doctor
 from fastpoem.config import TrainConfig
-from fastpoem.engine import check_attention, checks, examine, machine, trial, trust
+from fastpoem.doctor import __main__ as doctor
+from fastpoem.doctor import apart, check_attention, checks, examine, machine, trial, trust, verdicts
+from fastpoem.engine.build import Trusted
+from fastpoem.engine.compile import keep_caches_in
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import PLAIN, kernels_without
 from fastpoem.engine.step import Pieces
@@ -257,7 +259,7 @@ def a_card(monkeypatch, tmp_path):
     class Card:
         ran, outcome, records, name, said = [], {}, {}, "H100, driver 1", []
 
-    trust.keep_caches_in(None)  # an earlier run of this process may have said --cache-dir
+    keep_caches_in(None)  # an earlier run of this process may have said --cache-dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTPOEM_ASSUME_CHECKED", raising=False)
     monkeypatch.setattr(trust, "card", lambda device: Card.name)
@@ -273,7 +275,7 @@ def a_card(monkeypatch, tmp_path):
                 break
         return done, None, "ended"
 
-    monkeypatch.setattr(trust, "_one_process", run)
+    monkeypatch.setattr(apart, "_one_process", run)
     return Card
 
 
@@ -290,16 +292,16 @@ def test_float16_is_checked_as_itself(a_card):
     found = trust.decide(TrainConfig(), CUDA, torch.float16, 101, a_card.said.append)
     assert a_card.ran[:2] == ["kernels 101 float16", "attention float16"] and found.kernels == PLAIN
     assert "replay float16 packed compiled plain-loss plain-update" in a_card.ran and found.graphs
-    assert decide(a_card) == trust.Trusted()
+    assert decide(a_card) == Trusted()
 
 
 def test_a_card_is_checked_once(a_card):
-    assert decide(a_card) == trust.Trusted()
+    assert decide(a_card) == Trusted()
     assert a_card.ran == USED
     assert len(a_card.said) == 1 and a_card.said[0].startswith(
         "checking this GPU, once: kernels, attention, compiled, replay"
     )
-    assert decide(a_card) == trust.Trusted() and a_card.ran == USED and len(a_card.said) == 1
+    assert decide(a_card) == Trusted() and a_card.ran == USED and len(a_card.said) == 1
     decide(a_card, batching="pack")  # what it uses beside
     assert a_card.ran[len(USED) :] == [
         "attention bfloat16 packed",
@@ -328,9 +330,9 @@ def test_only_what_a_run_uses_is_checked(a_card):
      b'{"H100, driver 1": {"kernels 101": {"x": 1}}}'],
 )  # fmt: skip
 def test_a_damaged_memory_is_no_memory(a_card, damage):
-    trust.place().parent.mkdir(parents=True)
-    trust.place().write_bytes(damage)
-    assert decide(a_card) == trust.Trusted()
+    verdicts.place().parent.mkdir(parents=True)
+    verdicts.place().write_bytes(damage)
+    assert decide(a_card) == Trusted()
     assert a_card.ran == USED
     decide(a_card)
     assert a_card.ran == USED
@@ -341,20 +343,20 @@ def test_a_memory_that_cannot_be_written_stops_nothing(a_card, kind, tmp_path):
     if kind == "a file above":
         (tmp_path / "fastpoem").write_text("")
     else:
-        (trust.place() / "x").mkdir(parents=True)
+        (verdicts.place() / "x").mkdir(parents=True)
     for _ in range(2):
-        assert decide(a_card) == trust.Trusted()
+        assert decide(a_card) == Trusted()
     assert a_card.ran == 2 * USED
     assert [*tmp_path.rglob("checked.json?*")] == []
 
 
 def test_nothing_is_checked_where_that_is_assumed(a_card, monkeypatch):
     monkeypatch.setenv("FASTPOEM_ASSUME_CHECKED", "1")
-    assert decide(a_card) == trust.Trusted() and a_card.ran == [] and a_card.said == []
+    assert decide(a_card) == Trusted() and a_card.ran == [] and a_card.said == []
 
 
 def test_a_cpu_needs_no_check(a_card):
-    assert trust.decide(TrainConfig(), CPU, torch.float32, 101, a_card.said.append) == trust.Trusted()
+    assert trust.decide(TrainConfig(), CPU, torch.float32, 101, a_card.said.append) == Trusted()
     assert a_card.ran == []
 
 
@@ -372,7 +374,7 @@ def test_a_cpu_needs_no_check(a_card):
 def test_what_failed_is_done_without(a_card, failing, settings, lost, words):
     a_card.outcome[failing] = "error 0.3"
     for _ in range(2):  # found, and then remembered
-        assert decide(a_card, **settings) == trust.Trusted(**lost)
+        assert decide(a_card, **settings) == Trusted(**lost)
         said = [line for line in a_card.said if "failed its check" in line]
         assert len(said) == (words is not None)
         assert all(failing in line and "error 0.3" in line and words in line for line in said)
@@ -382,24 +384,24 @@ def test_what_failed_is_done_without(a_card, failing, settings, lost, words):
 def test_batches_are_packed_until_attention_inside_them_fails(a_card):
     """Then it is as if they had been bucketed from the start, said once; who asks for packed ones has them padded."""
     packed = [f"{name} packed" for name in ("attention bfloat16", "compiled bfloat16", "replay bfloat16")]
-    assert decide(a_card, batching="auto") == trust.Trusted()
+    assert decide(a_card, batching="auto") == Trusted()
     assert a_card.ran == [*USED[:2], *packed, "replay bfloat16 packed compiled"]
     a_card.name, a_card.outcome["attention bfloat16 packed"] = "another", "error 0.3"
     a_card.outcome["compiled bfloat16"] = "error 0.4"
     for _ in range(2):
         a_card.said.clear()
-        assert decide(a_card, batching="auto") == trust.Trusted(varlen=False, compile=False)
+        assert decide(a_card, batching="auto") == Trusted(varlen=False, compile=False)
         assert [line for line in a_card.said if "bucketed" in line] == [
             "attention bfloat16 packed failed its check on this GPU (error 0.3): batches are bucketed"
         ]
         assert sum("failed its check" in line for line in a_card.said) == 2
     assert {*USED[2:]} <= {*a_card.ran}
-    assert decide(a_card, batching="auto", attention="flash") == trust.Trusted(varlen=False, compile=False)
+    assert decide(a_card, batching="auto", attention="flash") == Trusted(varlen=False, compile=False)
 
 
 def test_a_step_that_does_not_compile_may_still_be_replayed(a_card):
     a_card.outcome |= {"compiled bfloat16": "no", "replay bfloat16 compiled": "no"}
-    assert decide(a_card) == trust.Trusted(compile=False)
+    assert decide(a_card) == Trusted(compile=False)
 
 
 def test_kernels_that_failed(a_card):
@@ -415,17 +417,17 @@ def test_kernels_that_failed(a_card):
 def test_a_broken_kernel_costs_itself_alone(a_card, record, loss, update):
     """What trains is checked without it, graphs and compiler stay; and what was checked with it does not stand for that."""
     without = " plain-loss" * loss + " plain-update" * update
-    assert decide(a_card) == trust.Trusted() and a_card.ran == USED
+    assert decide(a_card) == Trusted() and a_card.ran == USED
     a_card.name, a_card.ran[:] = "another", []
     a_card.outcome["kernels 101"], a_card.records["kernels 101"] = "error 1", record
     found = decide(a_card)
-    assert found == trust.Trusted(found.kernels) and found.kernels == kernels_without(without.split())
+    assert found == Trusted(found.kernels) and found.kernels == kernels_without(without.split())
     assert (found.kernels.cross_entropy is plain.cross_entropy) == loss
     assert (found.kernels.clipped_adamw_ is plain.clipped_adamw_) == update
     assert a_card.ran == [*USED[:2], *(name + without for name in USED[2:])]
     a_card.outcome["compiled bfloat16" + without] = "error 2"
     a_card.name = "a third"
-    assert decide(a_card) == trust.Trusted(found.kernels, compile=False)
+    assert decide(a_card) == Trusted(found.kernels, compile=False)
 
 
 def test_a_kernel_that_fails_later_has_the_others_checked_again(a_card):
@@ -471,7 +473,7 @@ def test_what_the_user_insists_on_is_not_done_without(a_card, failing, settings)
 
 
 def test_what_could_not_begin_is_not_held_against_the_card(a_card):
-    a_card.outcome["compiled bfloat16"] = f"{trust.NOT_BEGUN}: all devices are busy"
+    a_card.outcome["compiled bfloat16"] = f"{apart.NOT_BEGUN}: all devices are busy"
     assert not decide(a_card).compile
     a_card.outcome.clear()
     assert decide(a_card).compile
@@ -484,28 +486,30 @@ def test_numbers_that_are_none_are_wrong_numbers(a_card, monkeypatch, capsys):
     monkeypatch.setattr(checks, "run", lambda name, device: [wrong])
     checks.main(["cpu", "kernels 101"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    trust.remember("card", {told["check"]: [Record(**fields) for fields in told["records"]]})
-    assert trust.remembered("card") == {"kernels 101": {"clipped_adamw float32": "error inf, 1e-06 allowed"}}
+    verdicts.remember("card", {told["check"]: [Record(**fields) for fields in told["records"]]})
+    assert verdicts.remembered("card") == {"kernels 101": {"clipped_adamw float32": "error inf, 1e-06 allowed"}}
 
 
 def test_a_verdict_depends_on_card_driver_versions_and_source(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     card = SimpleNamespace(name="NVIDIA H100", uuid="one")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-    monkeypatch.setattr(trust, "driver", lambda: "580.1")
-    key = trust.card(CUDA)
-    for part in ("NVIDIA H100", "9.0", "580.1", torch.__version__, trust.source_hash()):
+    monkeypatch.setattr(verdicts, "driver", lambda: "580.1")
+    key = verdicts.card(CUDA)
+    for part in ("NVIDIA H100", "9.0", "580.1", torch.__version__, verdicts.source_hash()):
         assert part in key
     card.uuid = "another"
-    assert trust.card(CUDA) != key
+    assert verdicts.card(CUDA) != key
     card.uuid = "one"
-    trust.source_hash.cache_clear()
+    verdicts.source_hash.cache_clear()
     try:
-        read = trust.Path.read_bytes
-        monkeypatch.setattr(trust.Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "loss_triton.py"))
-        assert trust.card(CUDA) != key
+        read = verdicts.Path.read_bytes
+        monkeypatch.setattr(
+            verdicts.Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "loss_triton.py")
+        )
+        assert verdicts.card(CUDA) != key
     finally:
-        trust.source_hash.cache_clear()
+        verdicts.source_hash.cache_clear()
 
 
 SCRIPT = """#!{python}
@@ -529,14 +533,14 @@ def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
     script = tmp_path / "python"
     script.write_text(SCRIPT.format(python=sys.executable))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(trust.sys, "executable", str(script))
+    monkeypatch.setattr(apart.sys, "executable", str(script))
     names = ["good", "dies", "better", "fails", "hangs", "last"]
-    found = dict(trust.in_a_process(CPU, names, patience=3))
+    found = dict(apart.in_a_process(CPU, names, patience=3))
     assert list(found) == names
     assert [name for name in names if not right(found[name])] == ["dies", "fails", "hangs"]
     assert "signal 11" in found["dies"][0].note and "3 s" in found["hangs"][0].note
-    found = dict(trust.in_a_process(CPU, ["unwilling", "unwilling too"]))
-    assert all(r.note.startswith(trust.NOT_BEGUN) and "busy" in r.note for some in found.values() for r in some)
+    found = dict(apart.in_a_process(CPU, ["unwilling", "unwilling too"]))
+    assert all(r.note.startswith(apart.NOT_BEGUN) and "busy" in r.note for some in found.values() for r in some)
 
     asked = []
 
@@ -545,20 +549,20 @@ def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
         if len(asked) == 3:
             raise Stopped(15)
 
-    monkeypatch.setattr(trust, "ask", ask)
+    monkeypatch.setattr(apart, "ask", ask)
     begin = time.monotonic()
     with pytest.raises(Stopped):
-        list(trust.in_a_process(CPU, ["hangs"]))
+        list(apart.in_a_process(CPU, ["hangs"]))
     assert time.monotonic() - begin < 50  # of the minute that it hangs: who waits is asked, and the process ended
     monkeypatch.undo()
-    monkeypatch.setattr(trust.sys, "executable", str(tmp_path / "none"))
-    assert not right(dict(trust.in_a_process(CPU, ["good"]))["good"])
+    monkeypatch.setattr(apart.sys, "executable", str(tmp_path / "none"))
+    assert not right(dict(apart.in_a_process(CPU, ["good"]))["good"])
 
 
 def test_the_process_of_checks_is_the_real_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
-    found = dict(trust.in_a_process(CPU, ["nonsense float32", "attention float32 packed"]))
+    found = dict(apart.in_a_process(CPU, ["nonsense float32", "attention float32 packed"]))
     assert [len(found[name]) for name in found] == [1, 2] and right(found["attention float32 packed"])
     assert found["nonsense float32"][0].note == "KeyError: 'nonsense'"
 

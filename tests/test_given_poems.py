@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastpoem.config import from_kwargs
+from fastpoem.api import configured
 from fastpoem.corpus.given_poems import as_paths, called
 from fastpoem.corpus.read import read_blocks
 from fastpoem.corpus.source import Source
@@ -36,7 +36,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def read(data: object, **settings: object) -> list[str]:
-    config = from_kwargs(data=data, **settings)
+    config = configured(data=data, **settings)
     return [line for block in read_blocks(Source.given(config.data, field=config.field)) for line in block.lines]
 
 
@@ -51,19 +51,19 @@ def test_poems_become_a_file_by_their_content(cache: Path) -> None:
     assert json.loads(Path(path).read_text(encoding="utf-8").splitlines()[0]) == {"verse": POEMS[0]}  # so it is used
     assert read(np.array(POEMS)) == read(np.array(POEMS, object)) == POEMS
     assert len(list((cache / "fastpoem/given").iterdir())) == 6  # one a text (and field), and nothing half-made
-    assert from_kwargs(val_data=POEMS).val_data == from_kwargs(data=POEMS).data
+    assert configured(val_data=POEMS).val_data == configured(data=POEMS).data
 
 
 def test_they_are_kept_where_the_cache_is_asked_for(cache: Path, tmp_path: Path) -> None:
     here = tmp_path / "here"
-    (path,) = from_kwargs(data=POEMS, cache_dir=here).data
+    (path,) = configured(data=POEMS, cache_dir=here).data
     assert Path(path).parent == here / "given" and not cache.exists()
     assert called(Path(path), "a name") == "the given poems" and called(Path("given/a.jsonl"), "a name") == "a name"
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"given: cannot be written \(.*cache_dir="):
-        from_kwargs(data=POEMS, cache_dir=str(tmp_path / "file"))
+        configured(data=POEMS, cache_dir=str(tmp_path / "file"))
     with pytest.raises(InputError, match="cache_dir=7: is of the wrong kind"):
-        from_kwargs(data=POEMS, cache_dir=7)
+        configured(data=POEMS, cache_dir=7)
 
 
 def test_files_are_files(tmp_path: Path) -> None:
@@ -113,6 +113,6 @@ def test_what_is_neither(data: object, says: str, tmp_path: Path) -> None:
 )
 def test_no_message_prints_a_value_whole(name: str, value: object) -> None:
     with pytest.raises(InputError) as caught:
-        from_kwargs(**{name: value})
+        configured(**{name: value})
     assert len(str(caught.value)) < 250
     assert json.dumps(str(caught.value))

@@ -204,7 +204,7 @@ def test_ctrl_c_in_a_notebook(base, tmp_path, monkeypatch, capsys):
 def test_what_a_process_of_checks_does_is_ended_too(monkeypatch):
     import torch
 
-    from fastpoem.engine import trust
+    from fastpoem.doctor import apart
 
     began = []
     real = subprocess.Popen
@@ -216,7 +216,7 @@ def test_what_a_process_of_checks_does_is_ended_too(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", begin)
     with StopRequest(), pytest.raises(Stopped):
         threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        list(trust.in_a_process(torch.device("cpu"), ["attention float32"]))
+        list(apart.in_a_process(torch.device("cpu"), ["attention float32"]))
     assert began[0].poll() == -signal.SIGKILL
 
 

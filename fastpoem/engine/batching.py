@@ -22,7 +22,7 @@ def choose_batching(
     config: TrainConfig, device: torch.device, dtype: torch.dtype, head_width: int, before: str | None = None
 ) -> tuple[Batching, str]:
     """(how poems are batched, the reason in a few words). before: what a run that goes on began with. A GPU's kernel may still fail its
-    check (`fastpoem.engine.trust`)."""
+    check (`fastpoem.doctor.trust`)."""
     if config.batching != "auto":
         return config.batching, "asked for"
     if before is not None:

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastpoem_kernels import native
 from torch import Tensor, nn
 
 from fastpoem.corpus.feed import Shape
 from fastpoem.engine.batch import assemble
 from fastpoem.engine.step import Pieces, account
 from fastpoem.model.attention import Packing
-from fastpoem.paths import user_cache
+from fastpoem.paths import keep_caches, user_cache
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -49,6 +50,12 @@ def _python_headers() -> Path:
     """Where Triton and Inductor look for them."""
     scheme = sysconfig.get_default_scheme()
     return Path(sysconfig.get_path("include", "posix_prefix" if scheme == "posix_local" else scheme))
+
+
+def keep_caches_in(folder: str | None) -> None:
+    """Have the verdicts, and all that compilers make, kept in `folder` (--cache-dir), None: in the user's cache."""
+    keep_caches(folder)
+    native.keep_in(None if folder is None else user_cache() / "native")
 
 
 def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:

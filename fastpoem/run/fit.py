@@ -22,12 +22,13 @@ from fastpoem.corpus.plan import BucketOrder, Order, TextOrder
 from fastpoem.corpus.store import TokenStore
 from fastpoem.corpus.tokenizer_files import for_prompts, never_ids
 from fastpoem.corpus.vocabulary import numbering
+from fastpoem.doctor.trust import decide
 from fastpoem.engine.batching import choose_batching
-from fastpoem.engine.build import build_step
+from fastpoem.engine.build import Trusted, build_step
+from fastpoem.engine.compile import keep_caches_in
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
-from fastpoem.engine.trust import Trusted, decide, keep_caches_in
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen

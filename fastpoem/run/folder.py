@@ -18,7 +18,6 @@ from typing import IO, Any, Literal
 
 import torch
 
-import fastpoem
 from fastpoem import disk
 from fastpoem.config import TrainConfig, with_defaults
 from fastpoem.corpus.plan import BucketOrder, Order
@@ -31,6 +30,7 @@ from fastpoem.run import checkpoint
 from fastpoem.run.opened import Run
 from fastpoem.run.validate import Validation
 from fastpoem.signals import Stopped
+from fastpoem.version import __version__
 
 # Settings that a resumed run may change: they say how long, where and how loudly, not what is computed …
 FREE_ON_RESUME = frozenset(
@@ -313,7 +313,7 @@ def write_config(
     content = {
         "settings": {name: _for_json(value) for name, value in dataclasses.asdict(config).items()},
         "cwd": os.path.abspath("."),  # where the settings' relative paths begin
-        "versions": {"fastpoem": fastpoem.__version__, "python": platform.python_version(), **packages},
+        "versions": {"fastpoem": __version__, "python": platform.python_version(), **packages},
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "dtype": str(dtype)[6:],

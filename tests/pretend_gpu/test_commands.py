@@ -11,9 +11,9 @@ from fastpoem_kernels.check import Record
 from safetensors.torch import load_file
 
 from benchmarks.budget import NODES, PACKING
-from fastpoem import doctor
-from fastpoem.engine import examine, trial, trust
-from fastpoem.engine.checks import wanted, with_kernels
+from fastpoem.doctor import __main__ as doctor
+from fastpoem.doctor import examine, trial, verdicts
+from fastpoem.doctor.checks import wanted, with_kernels
 from fastpoem.model.hub import BUNDLED
 
 
@@ -159,7 +159,7 @@ def test_what_is_remembered_to_have_failed_is_not_checked_again(command, tiny, t
     card, wrong = torch.device("cuda:0"), [Record("cross_entropy float32", False, error=1.0, tolerance=0.1)]
     vocabulary = json.loads((BUNDLED / "model/config.json").read_text())["vocab_size"]
     names = wanted(torch.bfloat16, vocabulary=vocabulary, packed=False, compiles=True, graphs=True)
-    trust.remember(trust.card(card), dict.fromkeys(with_kernels(names, {names[0]: ["cross_entropy"]}), wrong))
+    verdicts.remember(verdicts.card(card), dict.fromkeys(with_kernels(names, {names[0]: ["cross_entropy"]}), wrong))
     bucketed = [*tiny, "--batching", "bucket"]
     outcome = command(TRAIN, *bucketed, "--out", tmp_path / "run", extra=unchecked)
     assert_sound(outcome)

@@ -34,10 +34,10 @@ class DoctorConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DoctorConfig, argv, prog="python -m fastpoem.doctor")
-    signals.imported("numpy", "torch", "fastpoem.engine.examine")
-    from fastpoem.engine.examine import examine  # torch takes seconds to import, and --help should not wait
+    signals.imported("numpy", "torch", "fastpoem.doctor.examine")
+    from fastpoem.doctor.examine import examine  # torch takes seconds to import, and --help should not wait
+    from fastpoem.engine.compile import keep_caches_in
     from fastpoem.engine.precision import choose_device
-    from fastpoem.engine.trust import keep_caches_in
 
     keep_caches_in(config.cache_dir)
     say = lambda line: print(line, file=sys.stderr, flush=True)
@@ -57,7 +57,7 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fastpoem.engine.examine import duration
+    from fastpoem.doctor.examine import duration
 
     console = Console(highlight=False)
     about, memory, rates = report["machine"], report["memory"], report["rates"]

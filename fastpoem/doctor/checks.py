@@ -6,7 +6,7 @@ number is zero, or the weights did not move, that is a failure too.
 
 A check is named by a line: `kernels 21128` (the vocabulary; with `float16` where that is computed in), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`,
 `full` (the real model's shape), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs
-checks in a process of their own (`fastpoem.engine.trust`), because a kernel that writes where it should not leaves a CUDA context in which
+checks in a process of their own (`fastpoem.doctor.trust`), because a kernel that writes where it should not leaves a CUDA context in which
 nothing works any more.
 """
 
@@ -27,7 +27,7 @@ from fastpoem_kernels.check import Record
 from torch import Tensor
 
 from fastpoem.corpus.feed import Rows, Shape
-from fastpoem.engine.check_attention import attention, farthest, worst
+from fastpoem.doctor.check_attention import attention, farthest, worst
 from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels, done_without, kernels_without

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from fastpoem.corpus.feed import Rows, Shape
-from fastpoem.engine import machine
-from fastpoem.engine.checks import REAL
+from fastpoem.doctor import machine
+from fastpoem.doctor.checks import REAL
 from fastpoem.engine.compile import compiled_pieces, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import importlib.metadata
 import os
 import platform
 import statistics
@@ -12,8 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-
-from fastpoem.engine.trust import driver, version
 
 
 class Peak(NamedTuple):
@@ -54,6 +55,23 @@ ISA = (
 
 def peak(name: str) -> Peak | None:
     return next((figures for part, figures in PEAKS.items() if part in name), None)
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def driver() -> str:
+    """The driver's own version where Linux tells it, else the CUDA version that it is made for."""
+    with contextlib.suppress(OSError):
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    number = ctypes.c_int(0)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    return f"CUDA {number.value // 1000}.{number.value % 1000 // 10}"
 
 
 def describe(device: torch.device) -> dict[str, Any]:

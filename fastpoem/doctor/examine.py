@@ -13,7 +13,8 @@ from fastpoem_kernels import native
 from fastpoem_kernels.check import Record
 
 from fastpoem.config import TrainConfig
-from fastpoem.engine import checks, machine, trial, trust
+from fastpoem.doctor import checks, machine, trial, trust, verdicts
+from fastpoem.doctor.apart import in_a_process
 from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.memory import keep_freed_memory
@@ -43,14 +44,14 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         while names:
             # on a CPU nothing that fails can spoil the process
             here = ((name, checks.run(name, device)) for name in names)
-            for name, records in trust.in_a_process(device, names) if gpu else here:
+            for name, records in in_a_process(device, names) if gpu else here:
                 ask()
                 found[name] = records
                 for record in records:
                     say(f"  {record.name}: {'right' if record.ok else 'WRONG'}")
             names = _beside(device, dtype, compiler, found) if packs else []
         if gpu:
-            trust.remember(trust.card(device), found)
+            verdicts.remember(verdicts.card(device), found)
     records = [record for some in found.values() for record in some]
 
     ask()
@@ -66,7 +67,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
     }
 
     lines: list[str] = []
-    failed = {name: trust.failures(some) for name, some in found.items()}
+    failed = {name: verdicts.failures(some) for name, some in found.items()}
     config = TrainConfig(device=str(device), batching="auto" if packs else "bucket")
     trusted = trust.decide(config, device, dtype, checks.REAL.vocab_size, lines.append, failed)
     packs = packs and trusted.varlen
@@ -167,7 +168,7 @@ def _beside(
     bucketed = checks.wanted(
         dtype, vocabulary=checks.REAL.vocab_size, packed=False, compiles=compiler is None, graphs=True
     )
-    known = {name: trust.failures(records) for name, records in found.items()}
+    known = {name: verdicts.failures(records) for name, records in found.items()}
     return [name for name in checks.with_kernels(bucketed, known) if name not in found]
 
 
