@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 KINDS = kinds(TrainConfig)
 TRAIN = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("numpy", "torch", "tokenizers", "fastpoem.run.console", "fastpoem.doctor.trust", "fastpoem.run.fit")
 NOT_GIVEN: Any = ()
 
 
@@ -50,10 +50,10 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
             given: dict[str, Any] = {} if data is NOT_GIVEN else {"data": data}
             config = configured(**given, **settings)
             signals.imported(*SLOW)
+            from fastpoem.run.console import Voice
             from fastpoem.run.fit import fit as run_fit
-            from fastpoem.run.metrics import Voice
 
-            run = run_fit(config, voice := Voice())
+            run = run_fit(config, voice := Voice(config.quiet, config.lang))
             if run.stopped_by is not None:
                 again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
                 by = signal.Signals(run.stopped_by).name

@@ -40,6 +40,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
     ("log_every", 1, MANY),
     ("save_every", 1, MANY),
+    ("sample_every", 0, MANY),
     ("keep", 1, MANY),
     ("patience", 1, MANY),
 )
@@ -172,7 +173,14 @@ class TrainConfig:
     tensorboard: bool = False
     """Also write the curves for TensorBoard into the run's folder."""
     sample: str | None = None
-    """At the end, print a poem that begins so."""
+    """At the end, print a poem that begins so. Poems on the way begin so, too."""
+    sample_every: int | None = None
+    """Steps between a few poems from the weights as they are, kept in RUN/samples.jsonl; 0: none. None: at the end of each epoch, of short
+    ones every hundred steps or so."""
+    quiet: bool = False
+    """Say nothing but errors."""
+    lang: Literal["auto", "en", "zh"] = "auto"
+    """Language of the summaries, the progress and the steps' lines. auto: on a terminal that of the locale, in a pipe English."""
 
     def check(self) -> TrainConfig:
         """Refuse what cannot work, naming the flag. Comparisons are written so that NaN fails them."""
@@ -276,6 +284,8 @@ def saved_settings(run: Path) -> dict[str, Any] | None:
             )
     saved.pop("out", None)
     saved.pop("resume", None)
+    saved.pop("quiet", None)
+    saved.pop("lang", None)
     return saved
 
 

@@ -11,7 +11,7 @@ from fastpoem.cli import parse, read, run_command
 from fastpoem.config import TrainConfig, with_defaults
 
 PROG = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("numpy", "torch", "tokenizers", "fastpoem.run.console", "fastpoem.doctor.trust", "fastpoem.run.fit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(TrainConfig, argv, prog=PROG, default=with_defaults(given, read(TrainConfig, argv))).check()
 
     signals.imported(*SLOW)  # torch takes seconds to import, and --help or a wrong flag should not wait for it
+    from fastpoem.run.console import Voice
     from fastpoem.run.fit import fit
-    from fastpoem.run.metrics import Voice
 
     voice = Voice()
     run = fit(config, voice)

@@ -38,21 +38,24 @@ from fastpoem.model.grow import draw_rows
 from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.card import model_card
+from fastpoem.run.console import Voice
 from fastpoem.run.given import Given, order_of, take
 from fastpoem.run.loop import Loop, NotSaved, check_state
-from fastpoem.run.metrics import Voice
 from fastpoem.run.opened import Run
+from fastpoem.run.samples import Samples, Writer
+from fastpoem.run.summary import after, before
 from fastpoem.signals import StopRequest, ask
 
-WORDS = {"pack": "packed", "bucket": "of like length", "pad": "padded"}
+WORDS = {"pack": "packed ({0})", "bucket": "of like length ({0})", "pad": "padded ({0})"}
+GENERATE = "python -m fastpoem.generate"
 LOOKED_AT = 20_000  # steps of an epoch whose sizes are looked up before training: a second at the most
 
 
-def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
+def fit(config: TrainConfig, voice: Voice | None = None, generate: str = GENERATE) -> Run:
     """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong, NotSaved
-    where the disk does not take the result."""
+    where the disk does not take the result. generate: the command that writes poems, as it is called here."""
     about: str | None = None
-    with assembled(config, voice or Voice()) as (loop, export), StopRequest() as stop:
+    with assembled(config, voice or Voice(config.quiet, config.lang)) as (loop, export), StopRequest() as stop:
         try:
             loop.run(stop)
         except NotSaved:
@@ -73,11 +76,15 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
                 ) from error
     run = Run(loop.folder, loop.metrics.rows, stop.signal)
     if run.stopped_by is None:
+        loop.voice.table(after(loop, generate))
         if about is not None:
             loop.voice.say(about)
-        loop.voice.say(f"the trained model is in {run.model}")
-        for poem in run.generate(config.sample, seed=config.seed) if config.sample is not None else ():
-            loop.voice.say(poem)
+        loop.voice.say("the trained model is in {0}", run.model)
+        if config.sample is not None and not loop.voice.quiet:
+            with loop.voice.phase("writing a few poems"):
+                poems = run.generate(config.sample, seed=config.seed)
+            for poem in poems:
+                loop.voice.say(poem)
     return run
 
 
@@ -122,9 +129,8 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     order = order_of(config, store, given.held)
     ask()
     goes_on = config.resume and bool(checkpoint.listed(out))
-    with voice.phase(
-        "making the model" if config.from_scratch or goes_on else f"reading the weights of {given.model_folder}"
-    ):
+    what = "making the model" if config.from_scratch or goes_on else "reading the weights of {0}"
+    with voice.phase(what, given.model_folder):
         model = _model(config, given, varlen, goes_on=goes_on)
     narrowed = None if ids is None else Narrowed(model, ids)
     with enough_memory(config, device):
@@ -152,6 +158,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         shapes = _shapes(order, feed)
         with voice.phase("compiling and recording the step" if device.type == "cuda" else "getting the step ready"):
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+        writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
         ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(
             config,
@@ -167,6 +174,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             beside,
             claim.hold,
             narrowed,
+            Samples(out, writer, claim.hold, voice.say),
         )
         torch.manual_seed(config.seed)
         with voice.phase("reading the newest checkpoint"):
@@ -176,13 +184,12 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             claim.config = folder.write_config(out, asked, identity, store, device, dtype)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
-        voice.say(f"{order.steps:,} steps an epoch of {config.batch_size} poems, {about_batches}")
-        if state is not None:
+        voice.table(before(config, given, loop, dtype, why, about_batches))
+        if state is not None and loop.done > loop.last_step:
+            voice.say(f"step {loop.done} (past the {loop.last_step} asked for) is done: nothing is left to do")
+        elif state is not None:
             left = "nothing is left to do" if loop.is_over else "going on"
-            end = f"of {loop.last_step}" if loop.done <= loop.last_step else f"(past the {loop.last_step} asked for)"
-            voice.say(f"step {loop.done} {end} is done: {left}")
+            voice.say("step {0} of {1} is done: " + left, loop.done, loop.last_step)
 
         def export(goal: Path, weights: Mapping[str, Tensor] | None = None) -> None:
             claim.hold()
@@ -274,7 +281,7 @@ def _choose_batching(
         varlen, what = find_varlen(device, dtype, head_width)
         if device.type == "cuda" and why != what:
             why += f"; attention inside them: {what}"
-    return config, trusted, varlen, f"{WORDS[batching]} ({why})"
+    return config, trusted, varlen, voice.words(WORDS[batching], why)
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:

@@ -32,7 +32,7 @@ from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.paths import given_path, user_cache
 from fastpoem.run import checkpoint
-from fastpoem.run.metrics import Voice
+from fastpoem.run.console import Voice
 from fastpoem.run.validate import Validation
 
 NO_VALIDATION = "name a validation set with --val-data, or hold some poems out with --val-poems"
@@ -100,7 +100,7 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         held = hold_out(store, 0 if own else config.val_poems, config.seed, dedup=config.dedup)
         validation = Validation(store, held.validation) if own is None else Validation(own, one_of_each(own), own=True)
     for line in _sides(config, store, held, validation):
-        voice.say(line)
+        voice.say(*line)
     for flag, asked in (("--best", config.best), ("--patience", config.patience)):
         if asked and not len(validation.rows):
             raise InputError(flag, "it goes by the validation loss, and nothing is held out", NO_VALIDATION)
@@ -179,23 +179,27 @@ def _lost(store: TokenStore) -> Iterator[str]:
         yield f"{share}, characters that the vocabulary lacks: {often} …; --grow-vocab adds them"
 
 
-def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Validation) -> Iterator[str]:
-    """What is trained on once, twice and not at all, and what is validated on."""
+def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Validation) -> Iterator[tuple[Any, ...]]:
+    """What is trained on once, twice and not at all, and what is validated on: templates with their values."""
     duplicates = store.manifest["counts"]["duplicates"]
     if config.dedup:
-        yield f"copies of other poems, not trained on: {held.repeats:,}"
+        yield "copies of other poems, not trained on: {0:,}", held.repeats
     elif duplicates:
-        yield f"copies of other poems: {duplicates:,} (--dedup trains on one of each)"
+        yield "copies of other poems: {0:,} (--dedup trains on one of each)", duplicates
     count = len(validation.rows)
     if validation.own:
-        yield f"validation on {count:,} poems of {', '.join(called(Path(one), one) for one in config.val_data)}"
+        names = ", ".join(called(Path(one), one) for one in config.val_data)
+        yield "validation on {0:,} poems of {1}", count, names
         if known := how_many_in(store, validation.store, validation.rows):
-            yield f"of these, {known:,} are in the training text too: on them the loss says nothing of new poems"
+            yield "of these, {0:,} are in the training text too: on them the loss says nothing of new poems", known
     elif count:
-        copies = f", and {held.copies:,} copies of them left out" if held.copies else ""
-        yield f"held out for validation: {count:,} poems{copies}"
+        yield (
+            "held out for validation: {0:,} poems" + ", and {1:,} copies of them left out" * bool(held.copies),
+            count,
+            held.copies,
+        )
     elif config.val_poems != 0 and store.rows - held.repeats >= 20:
-        yield "nothing is held out: with its copies, every poem drawn for it is more than 5% of the text"
+        yield ("nothing is held out: with its copies, every poem drawn for it is more than 5% of the text",)
 
 
 def _open_store(
@@ -225,14 +229,14 @@ def _open_store(
         if store.buckets[-1].length > longest:
             reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
             raise InputError(store.path, reason, f"prepare the text again with --max-length {longest}")
-        with voice.phase(f"checking {store.path}"):
+        with voice.phase("checking {0}", store.path):
             store.verify()
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
     if not config.data and cache is None:  # not beside the package's own files
         cache = user_cache()
     begin = time.perf_counter()
-    with voice.phase(f"reading {called(source.paths[0], source.name)}"):
+    with voice.phase("reading {0}", called(source.paths[0], source.name)):
         store = cached_store(
             source,
             tokenizer,
@@ -241,7 +245,11 @@ def _open_store(
             buckets=config.buckets or 32,
         )
     voice.say(
-        f"{store.rows:,} poems of {called(source.paths[0], source.name)} in {store.path} ({time.perf_counter() - begin:.1f} s)"
+        "{0:,} poems from {1} (cached in {2}, {3:.1f} s)",
+        store.rows,
+        called(source.paths[0], source.name),
+        store.path,
+        time.perf_counter() - begin,
     )
     return store
 
