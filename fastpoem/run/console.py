@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -29,6 +30,7 @@ from fastpoem.run.words import clock, put, rounded, share, size
 NOTICED = 3.0  # seconds of silence after which somebody wonders
 MOMENT = 0.3  # seconds that are over before a display of what they are for could be read
 A_SECOND = 4  # drawings
+COLUMNS = 80  # of a line in a log, where what it says allows that
 LABEL = 12  # columns of a summary's first
 
 
@@ -190,7 +192,8 @@ def step_line(
     row: dict[str, Any], epochs: int, last_step: int, seconds_left: float | None, lang: str = "en", *, left: bool = True
 ) -> str:
     """A logged step for a person, in 80 columns. `row` as in metrics.jsonl, its losses possibly not finite; the loss and the accuracy
-    shown are the means since the last line, as one step's follow the length of its poems. seconds_left: None where nobody knows."""
+    shown are the means since the last line, as one step's follow the length of its poems. seconds_left: None where nobody knows; it is
+    left out where there is no room for it."""
     parts = [
         put(lang, "epoch {0}/{1}", row["epoch"], epochs),
         put(lang, "step {0}/{1}", row["step"], last_step),
@@ -199,7 +202,8 @@ def step_line(
         put(lang, "{0} tok/s", rounded(row["tokens_per_s"])),
     ]
     if left and seconds_left is not None:
-        parts.append(put(lang, "left {0}", clock(seconds_left)))
+        for_it = put(lang, "left {0}", clock(seconds_left))
+        parts += [for_it] if cell_len("  ".join([*parts, for_it])) <= COLUMNS else []
     if "skipped" in row:
         why = f"too large for fp16; the loss scale is now {row['loss_scale']:,.0f}" if "loss_scale" in row else ""
         parts.append(put(lang, "skipped {0} ({1})", row["skipped"], why or "loss or gradient not finite"))

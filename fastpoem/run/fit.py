@@ -89,9 +89,11 @@ def fit(config: TrainConfig, voice: Voice | None = None, generate: str = GENERAT
 
 
 @contextlib.contextmanager
-def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[..., None]]]:
+def assembled(
+    config: TrainConfig, voice: Voice, scratch: Path | None = None
+) -> Iterator[tuple[Loop, Callable[..., None]]]:
     """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder: the loop's weights, or the
-    best ones."""
+    best ones. scratch: a folder for all that would be written; None: the run's own."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     keep_caches_in(config.cache_dir)
@@ -100,14 +102,15 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         keep_freed_memory()
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard", "TensorBoard is not installed", "pip install 'fastpoem[curves]'")
-    out = folder.choose(config)
-    if config.tensorboard and str(out).encode("utf-8", "replace").decode() != str(out):
+    chosen = folder.choose(config)
+    out = chosen if scratch is None else scratch / "run"
+    if config.tensorboard and str(chosen).encode("utf-8", "replace").decode() != str(chosen):
         raise InputError(
             "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave --tensorboard out"
         )
 
     ask()
-    given = take(config, voice)
+    given = take(config, voice, scratch)
     shape, tokenizer, store, ids = given.shape, given.tokenizer, given.store, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
@@ -184,7 +187,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             claim.config = folder.write_config(out, asked, identity, store, device, dtype)
-        voice.table(before(config, given, loop, dtype, why, about_batches))
+        voice.table(before(config, given, loop, chosen, dtype, why, about_batches))
         if state is not None and loop.done > loop.last_step:
             voice.say(f"step {loop.done} (past the {loop.last_step} asked for) is done: nothing is left to do")
         elif state is not None:

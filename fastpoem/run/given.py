@@ -52,8 +52,8 @@ class Given(NamedTuple):
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
 
 
-def take(config: TrainConfig, voice: Voice) -> Given:
-    """Open everything that `config` names. Raises InputError."""
+def take(config: TrainConfig, voice: Voice, scratch: Path | None = None) -> Given:
+    """Open everything that `config` names. scratch: where to prepare a text that was not prepared before; None: where it is kept. Raises InputError."""
     source = named(config, config.data or (str(hub.BUNDLED / "poems.txt"),), "--data")
     ready = TokenStore.open(source.paths[0]) if is_store(source.paths[0]) else None
     name = config.model or (HUB_MODEL if config.data else str(hub.BUNDLED / "model"))
@@ -88,19 +88,19 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         tokens = len(read(tokenizer, config.sample))  # as generate counts them
         if tokens >= min(128, shape.n_positions):
             raise InputError("--sample", f"{tokens} tokens leave no room for a poem", "give its first characters")
-    store = _open_store(config, source, ready, tokenizer, shape, voice)
+    store = _open_store(config, source, ready, tokenizer, shape, voice, scratch)
     for line in _lost(store):
         voice.say(line)
     own = None
     if config.val_data:
         apart = dataclasses.replace(named(config, config.val_data, "--val-data"), line_break=tokenizer.line_break)
         ready = TokenStore.open(apart.paths[0]) if is_store(apart.paths[0]) else None
-        own = _open_store(config, apart, ready, tokenizer, shape, voice)
+        own = _open_store(config, apart, ready, tokenizer, shape, voice, scratch)
     with voice.phase("looking for copies of poems"):
         held = hold_out(store, 0 if own else config.val_poems, config.seed, dedup=config.dedup)
         validation = Validation(store, held.validation) if own is None else Validation(own, one_of_each(own), own=True)
-    for line in _sides(config, store, held, validation):
-        voice.say(*line)
+    for said in _sides(config, store, held, validation):
+        voice.say(*said)
     for flag, asked in (("--best", config.best), ("--patience", config.patience)):
         if asked and not len(validation.rows):
             raise InputError(flag, "it goes by the validation loss, and nothing is held out", NO_VALIDATION)
@@ -209,6 +209,7 @@ def _open_store(
     tokenizer: PoemTokenizer,
     shape: GPT2Config,
     voice: Voice,
+    scratch: Path | None,
 ) -> TokenStore:
     """The token store of the run's text, made if need be."""
     longest = shape.n_positions
@@ -241,6 +242,7 @@ def _open_store(
             source,
             tokenizer,
             cache_dir=cache,
+            make_in=scratch,
             max_length=config.max_length or min(512, longest),
             buckets=config.buckets or 32,
         )

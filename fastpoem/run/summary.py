@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,9 +28,9 @@ SAVED = 12  # bytes of a checkpoint for each weight: itself and its two moments
 
 
 def before(
-    config: TrainConfig, given: Given, loop: Loop, dtype: torch.dtype, why: str, batching: str
+    config: TrainConfig, given: Given, loop: Loop, out: Path, dtype: torch.dtype, why: str, batching: str
 ) -> list[tuple[str, str]]:
-    """(label, text) rows. why: this precision; batching: what the batches are, with why, in the console's language."""
+    """(label, text) rows. out: the run's folder; why: this precision; batching: what the batches are, with why, in the console's language."""
     say, store, shape, order = loop.voice.words, given.store, given.shape, loop.order
     source, counts = store.manifest["source"], store.manifest["counts"]
     text = called(store.path, source.get("name") or store.path.name)
@@ -64,7 +65,7 @@ def before(
         ("model", ", ".join(model)),
         ("device", f"{name_of(loop.device)}, {say('in {0} ({1})', str(dtype)[6:], why)}"),
         ("training", ", ".join(steps)),
-        ("checkpoints", f"{loop.folder}, " + say("{0} each, {1} kept", saved, config.keep)),
+        ("checkpoints", f"{out}, " + say("{0} each, {1} kept", saved, config.keep)),
     ]
 
 
@@ -75,7 +76,7 @@ def after(loop: Loop, write: str) -> list[tuple[str, str]]:
         poems = here["poems"] / here["seconds"]
         speed = [
             say("{0:,} steps in {1}", loop.done, clock(loop.tally.seconds)),
-            say("{0:,} poems/s" if poems >= 100 else "{0:.1f} poems/s", round(poems) if poems >= 100 else poems),
+            say("{0} poems/s", rounded(poems)),
             say("{0} tok/s", rounded(here["tokens"] / here["seconds"])),
             say("{0} of memory at most", size(most_held(loop.device))),
         ]
