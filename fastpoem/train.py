@@ -13,7 +13,7 @@ from fastpoem.config import GROUPS, TrainConfig, with_defaults
 from fastpoem.config_file import with_file
 from fastpoem.errors import InputError
 
-SLOW = ("numpy", "torch", "tokenizers", "fastpoem.run.console", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = [*(sys.argv[1:] if argv is None else argv)]
     config, dry_run = read_settings(argv)
 
-    signals.imported(*SLOW)  # torch takes seconds to import, and --help or a wrong flag should not wait for it
+    signals.imported("fastpoem.run.console")
     from fastpoem.run.console import Voice
-    from fastpoem.run.fit import fit
 
     voice = Voice(config.quiet, config.lang)
+    with voice.phase("loading PyTorch"):  # which takes seconds, and --help or a wrong flag should not wait for it
+        signals.imported(*SLOW)
+    from fastpoem.run.fit import fit
+
     if dry_run:
         from fastpoem.run.rehearsal import rehearse
 

@@ -177,7 +177,7 @@ class Voice:
 
     def _told(self) -> RenderableType:
         if self.figures is None:
-            return Text("")
+            return Text(self.words("the first step …"), style="dim")
         parts = [
             self.words("loss {0}", f"{self.figures.loss:.3f}"),
             self.words("acc {0}", share(self.figures.accuracy)),

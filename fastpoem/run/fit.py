@@ -114,19 +114,22 @@ def assembled(
     shape, tokenizer, store, ids = given.shape, given.tokenizer, given.store, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
-        voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
+        voice.say("peak learning rate {0:.2g} for a model {1} wide", config.lr, shape.n_embd)
     elif config.lr == 0:
         voice.say("--lr 0: nothing will be learned")
     elif config.from_scratch and config.lr < RATE_BY_WIDTH / shape.n_embd / 4:
         right = RATE_BY_WIDTH / shape.n_embd
         voice.say(
-            f"--lr {config.lr:.2g} is for going on from trained weights: from scratch, about {right:.1g} learns more"
+            "--lr {0:.2g} is for going on from trained weights: from scratch, about {1:.1g} learns more",
+            config.lr,
+            right,
         )
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     with voice.phase("measuring which precision is faster"):
         dtype, why = _choose_precision(config, device, computed, store, out)
     asked = config  # as config.json has it: auto stays auto there
-    config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
+    with voice.phase("choosing how to batch"):
+        config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
     if not trusted.sdpa:
         plain_attention()
     order = order_of(config, store, given.held)
@@ -135,33 +138,33 @@ def assembled(
     what = "making the model" if config.from_scratch or goes_on else "reading the weights of {0}"
     with voice.phase(what, given.model_folder):
         model = _model(config, given, varlen, goes_on=goes_on)
-    narrowed = None if ids is None else Narrowed(model, ids)
-    with enough_memory(config, device):
-        model.to(device)
-        optimizer = FlatAdamW(
-            model,
-            device,
-            dtype,
-            weight_decay=config.weight_decay,
-            max_norm=config.max_grad_norm,
-            kernels=trusted.kernels,
-        )
-    special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
-    files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
-    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
-    never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
-    beside[GENERATION] = generation_config(special, never, shape.n_positions)
+        narrowed = None if ids is None else Narrowed(model, ids)
+        with enough_memory(config, device):
+            model.to(device)
+            optimizer = FlatAdamW(
+                model,
+                device,
+                dtype,
+                weight_decay=config.weight_decay,
+                max_norm=config.max_grad_norm,
+                kernels=trusted.kernels,
+            )
+        special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
+        files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
+        beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
+        never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
+        beside[GENERATION] = generation_config(special, never, shape.n_positions)
 
     ask()
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
-        identity = folder.identity(config, store, shape, dtype, order, given.validation)
-        table = None if ids is None else numbering(ids, store)
-        feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
-        pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
-        shapes = _shapes(order, feed)
         with voice.phase("compiling and recording the step" if device.type == "cuda" else "getting the step ready"):
+            identity = folder.identity(config, store, shape, dtype, order, given.validation)
+            table = None if ids is None else numbering(ids, store)
+            feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
+            pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
+            shapes = _shapes(order, feed)
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
-        writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
+            writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
         ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(
             config,
@@ -284,7 +287,7 @@ def _choose_batching(
         varlen, what = find_varlen(device, dtype, head_width)
         if device.type == "cuda" and why != what:
             why += f"; attention inside them: {what}"
-    return config, trusted, varlen, voice.words(WORDS[batching], why)
+    return config, trusted, varlen, voice.words(WORDS[batching], voice.words(why))
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:

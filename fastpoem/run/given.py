@@ -35,6 +35,7 @@ from fastpoem.run import checkpoint
 from fastpoem.run.console import Voice
 from fastpoem.run.validate import Validation
 
+UNKNOWN = "{0:.1%} of the tokens are [UNK], characters that the vocabulary lacks: {1} …; --grow-vocab adds them"
 NO_VALIDATION = "name a validation set with --val-data, or hold some poems out with --val-poems"
 
 
@@ -89,8 +90,8 @@ def take(config: TrainConfig, voice: Voice, scratch: Path | None = None) -> Give
         if tokens >= min(128, shape.n_positions):
             raise InputError("--sample", f"{tokens} tokens leave no room for a poem", "give its first characters")
     store = _open_store(config, source, ready, tokenizer, shape, voice, scratch)
-    for line in _lost(store):
-        voice.say(line)
+    for said in _lost(store):
+        voice.say(*said)
     own = None
     if config.val_data:
         apart = dataclasses.replace(named(config, config.val_data, "--val-data"), line_break=tokenizer.line_break)
@@ -164,19 +165,20 @@ def _refuse_new_line_break(config: TrainConfig, tokenizer: PoemTokenizer, shape:
         raise InputError(f"--line-break {brief(token, 40)}", "is no token of this model", mend)
 
 
-def _lost(store: TokenStore) -> Iterator[str]:
-    """What a person should know of the text, a line each: how it was read, what does not look like poems, poems that were cut, and [UNK]
+def _lost(store: TokenStore) -> Iterator[tuple[Any, ...]]:
+    """What a person should know of the text, a template with its values each: how it was read, what does not look like poems, poems that were cut, and [UNK]
     where it is more than a token in a hundred."""
     counts = store.manifest["counts"]
-    yield from store.manifest.get("look", {}).get("notes", ())
+    for note in store.manifest.get("look", {}).get("notes", ()):
+        yield (note,)
     if odd := odd_in_short(store):
-        yield odd
+        yield (odd,)
     if counts["truncated"]:
-        yield f"poems that were cut to {store.max_length} tokens: {counts['truncated']:,}"
+        yield "poems that were cut to {0} tokens: {1:,}", store.max_length, counts["truncated"]
     if counts["unknown"] > 0.01 * counts["tokens"]:
         often = " ".join(text for text, _ in store.manifest["unknown"][:8])
-        share = f"{counts['unknown'] / counts['tokens']:.1%} of the tokens are [UNK]"
-        yield f"{share}, characters that the vocabulary lacks: {often} …; --grow-vocab adds them"
+        share = counts["unknown"] / counts["tokens"]
+        yield UNKNOWN, share, often
 
 
 def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Validation) -> Iterator[tuple[Any, ...]]:

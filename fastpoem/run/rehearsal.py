@@ -36,7 +36,7 @@ def rehearse(config: TrainConfig, voice: Voice) -> None:
             [
                 (
                     "time",
-                    ", ".join(
+                    say(", ").join(
                         [say("about {0} for {1:,} steps, validation apart", clock(seconds * steps), steps), *speed]
                     ),
                 ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,17 +56,18 @@ def before(
         say("{0} parameters", f"{count_parameters(shape) / 1e6:.1f} M"),
         began,
     ]
-    steps = [say("{0:,} steps in {1} epochs", loop.last_step, config.epochs)]
+    epochs = loop.last_step / order.steps
+    steps = [say("{0} epochs" if epochs != 1 else "1 epoch", f"{epochs:.3g}"), _steps(say, loop.last_step)]
     steps.append(say("learning rate {0:.2g}, {1}", config.lr, config.schedule))
     steps += [say("warm-up {0:,} steps", loop.warmup)] if loop.warmup else []
     saved = size(SAVED * count_parameters(shape))
     return [
-        ("data", ", ".join(data)),
-        ("batches", ", ".join(batches)),
-        ("model", ", ".join(model)),
-        ("device", f"{name_of(loop.device)}, {say('in {0} ({1})', str(dtype)[6:], why)}"),
-        ("training", ", ".join(steps)),
-        ("checkpoints", f"{out}, " + say("{0} each, {1} kept", saved, config.keep)),
+        ("data", say(", ").join(data)),
+        ("batches", say(", ").join(batches)),
+        ("model", say(", ").join(model)),
+        ("device", say(", ").join([name_of(loop.device, say), say("in {0} ({1})", str(dtype)[6:], say(why))])),
+        ("training", say(", ").join(steps)),
+        ("checkpoints", say(", ").join([str(out), say("{0} each, {1} kept", saved, config.keep)])),
     ]
 
 
@@ -75,12 +77,12 @@ def after(loop: Loop, write: str) -> list[tuple[str, str]]:
     if here["seconds"]:
         poems = here["poems"] / here["seconds"]
         speed = [
-            say("{0:,} steps in {1}", loop.done, clock(loop.tally.seconds)),
+            say("{0} in {1}", _steps(say, loop.done), clock(loop.tally.seconds)),
             say("{0} poems/s", rounded(poems)),
             say("{0} tok/s", rounded(here["tokens"] / here["seconds"])),
             say("{0} of memory at most", size(most_held(loop.device))),
         ]
-        rows.append(("trained", ", ".join(speed)))
+        rows.append(("trained", say(", ").join(speed)))
     if best.step:
         where = checkpoint.folder_of(loop.folder, best.step)
         rows.append(("best", say("validation loss {0:.4f} after step {1:,}, {2}", best.loss, best.step, where)))
@@ -88,16 +90,21 @@ def after(loop: Loop, write: str) -> list[tuple[str, str]]:
     return rows
 
 
-def name_of(device: torch.device) -> str:
+def _steps(say: Callable[..., str], count: int) -> str:
+    return say("{0:,} steps" if count != 1 else "1 step", count)
+
+
+def name_of(device: torch.device, say: Callable[..., str]) -> str:
     """cuda:0 (NVIDIA H100), cpu (its name, 2 threads)."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     name = platform.processor() or platform.machine()
-    if device.type == "cpu":
-        with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-        name += f", {torch.get_num_threads()} threads" if torch.get_num_threads() > 1 else ", 1 thread"
-    return f"{device} ({name})"
+    if device.type != "cpu":
+        return f"{device} ({name})"
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    threads = torch.get_num_threads()
+    return f"{device} ({name}, {say('{0} threads' if threads != 1 else '1 thread', threads)})"
 
 
 def padding_share(order: Order, feed: Feed) -> float:
