@@ -7,14 +7,14 @@ import sys
 from collections.abc import Sequence
 
 from fastpoem import signals
-from fastpoem.cli import parse, run_command
+from fastpoem.cli import parse, prog, run_command
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.generation.poems import poems
 from fastpoem.generation.poems import sample as sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(GenerateConfig, argv, prog="python -m fastpoem.generate").check()
+    config = parse(GenerateConfig, argv, prog=prog("generate")).check()
 
     signals.imported("torch")  # which takes seconds
     from fastpoem.run.trained import trained_model

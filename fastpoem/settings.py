@@ -53,3 +53,6 @@ class Settings(TypedDict, total=False):
     resume: bool
     tensorboard: bool
     sample: str | None
+    sample_every: int | None
+    quiet: bool
+    lang: Literal["auto", "en", "zh"]

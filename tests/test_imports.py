@@ -21,9 +21,10 @@ FLOORS = (
     "generation",
     "doctor",
     "run",
-    "cli settings",
+    "cli settings config_file",
     "api",
     "__init__ train prepare generate doctor.__main__",
+    "__main__",
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 

@@ -21,9 +21,9 @@ from fastpoem.engine.compile import forms
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.step import Pieces, account, rng_state
 from fastpoem.errors import InputError
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
 BUCKETS = ["--batching", "bucket", "--buckets", "32"]  # so many are not taken together, however small the text
