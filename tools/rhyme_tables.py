@@ -52,23 +52,24 @@ AS = (
     "旆沛 拆坼 鳯鳳 撑瞠 琉流 倘黨 飚標 飙標 飈標 泼撥 隣鄰 馿驢 餠餅 勾鉤 罕旱 蝴胡 踈疏 廻回 鏁鎖 虀齏 閙鬧 峩峨 羮羹 摹模 壳角 畧略 栢柏 嗅臭 "
     "奁廉 邉邊 樗書 潄漱 冗勇 笻邛 孽列 穉稚 垄隴 碗管 撒薩 焙背 耗到 玳代 蒂帝 搘支 秖支 逈迥 腮哉 姮恒 輙輒 槩概 觑御 做佐 纒纏 覊羈 壖緣 嫦常 "
     "暌睽 讐讎 蠧蠹 肇兆 呌叫 祛墟 柿市 滚衮 婷亭 砖專 頳貞 濒頻 窝戈 濶闊 幙幕 廐救 厩救 烱迥 缗岷 翺翱 敧奇 氊氈 淘陶 葅魚 箎池 卮支 躭耽 "
-    "嶤堯 磵澗 毘毗 嘴紙 飡餐 榕容 寜寧 穏穩 寃冤 逰遊 葡蒲 勲勳 嚢囊 眀明 氷冰 帯帶 颕穎 涙淚 荘莊 幷并 呵訶 婀阿 琊邪"
-).split()
+    "嶤堯 磵澗 毘毗 嘴紙 飡餐 榕容 寜寧 穏穩 寃冤 逰遊 葡蒲 勲勳 嚢囊 眀明 氷冰 帯帶 颕穎 涙淚 荘莊 幷并 呵訶 婀阿 琊邪 粧妝 鵶鴉 鎻鎖 鸎鶯 闗關 膓腸 郷鄉 "
+    "虵蛇 濵濱 堦階 舡船 帬裙 铓忙 螀將 飖搖 秾農 飏陽 挝麻 籯盈 籝盈 譍鷹 猨猿 罇樽 凖準 覧覽 撃擊 歴歷 闘鬥 憇憩 衘銜 啣銜 湼涅 "
+    "玛馬 霊靈 昻昂 劔劒 聨连 聫连 覔覓 縁緣 賖奢 饧清 曽曾 乗乘 剰剩 黒黑 恵惠 壊壞 奨獎"
+)
+# Readings of 平水韵 that 广韵 lacks, by what the regulated verses of Tang and Song rhyme with
+ADDED = {
+    "涯": "六麻",
+    "忘": "七阳",
+    "漫": "十四寒",
+    "厌": "十四盐",
+    "厭": "十四盐",
+    "粗": "七虞",
+    "攒": "十四寒",
+    "攢": "十四寒",
+    "么": "五歌",
+}
 
 Groups = dict[tuple[str, str], set[str]]  # of tone and group: characters
-
-
-def in_use(one: str) -> bool:
-    """Whether the character is one of GB2312, Big5 or JIS, which hold what texts are printed in, old and new."""
-    if one == "〇":
-        return True
-    for encoding in ("gb2312", "big5", "shift_jis"):
-        try:
-            one.encode(encoding)
-        except UnicodeEncodeError:
-            continue
-        return "\u4e00" <= one <= "\u9fff"
-    return False
 
 
 def pingshui(wheel: str) -> Groups:
@@ -88,9 +89,11 @@ def pingshui(wheel: str) -> Groups:
     for one in map(chr, range(0x4E00, 0xA000)):
         if one not in given and (forms := [convert(one) for convert in other if convert(one) in given]):
             groups_of[one] = given[forms[0]]
-    for one, like in AS:
+    for one, like in AS.split():
         if one not in given:
-            groups_of[one] = given[like] if like in given else given[simple(like)]
+            groups_of[one] = given.get(like) or given[simple(like)]
+    for one, name in ADDED.items():
+        groups_of[one].add(next(group for group in group_of.values() if group[1] == name and "平" in group[0]))
     return by_group((one, group) for one, groups in groups_of.items() for group in groups)
 
 
@@ -117,8 +120,7 @@ def xin() -> Groups:
 def by_group(pairs: Iterable[tuple[str, tuple[str, str]]]) -> Groups:
     groups: Groups = defaultdict(set)
     for one, group in pairs:
-        if in_use(one):
-            groups[group].add(one)
+        groups[group].add(one)
     return groups
 
 
