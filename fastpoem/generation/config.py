@@ -65,7 +65,7 @@ class GenerateConfig:
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "use 0 to 9223372036854775807"),
             ("prompt", odd is None, "use characters of UTF-8"),
             ("top_k", self.top_k >= 0, "use 0 or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "use 1 or more, such as 1.1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "use more than 0, such as 1.1"),
             ("top_p", 0 < self.top_p <= 1, "use more than 0, at most 1"),
         )
         for name, fine, mend in rules:

@@ -88,27 +88,26 @@ class Constraint:
             raise InputError(f"--rhyme {rhymes.name}", reason, "use a model with a larger vocabulary")
         return {index: {*numbers} & enough for index, numbers in of.items()}, level
 
-    def check(self, ids: Sequence[int], prompt: str, tokens: Mapping[int, str]) -> None:
-        """Raises InputError where no poem of the form can begin with `ids`, which `prompt` was read as. tokens: the vocabulary by id."""
+    def check(self, ids: Sequence[int], prompt: str) -> None:
+        """Raises InputError where no poem of the form can begin with `ids`, which `prompt` was read as."""
         shown, form = f"--prompt {brief(prompt, 40)}", self.form
-        cannot = f"cannot begin a {form.name} of {form.lines} lines of {form.width} characters"
+        bare = "".join(prompt.split())  # up to what is refused, a character for each id
         for place, index in enumerate(ids):
             line, at = divmod(place, form.width + 1)
-            where = f"{tokens.get(index, '?')} is its character {place + 1}"
+            due = self._due[min(place, self.length - 1)]
             if place >= self.length:
-                raise InputError(shown, f"{cannot}: it is longer", "shorten it")
-            if at == form.width:
-                if index not in self._marks[line % 2]:
-                    raise InputError(
-                        shown, f"{cannot}: {where}, where {STOP if line % 2 else COMMA} belongs", "mend it"
-                    )
-            elif index not in self._character:
-                raise InputError(
-                    shown, f"{cannot}: {where}, where a Chinese character that it knows belongs", "mend it"
-                )
-            elif self._due[place] not in (None, index):
-                due = tokens.get(self._due[place] or 0)
-                raise InputError(shown, f"{where}, where the acrostic has {due}", "change one of them")
+                reason = f"is longer than a {form.name}"
+            elif at == form.width and index not in self._marks[line % 2]:
+                reason = f"cannot begin a {form.name}: {STOP if line % 2 else COMMA} is due where it has {bare[place]}"
+            elif at < form.width and index in self._marks[0] | self._marks[1]:
+                reason = f"cannot begin a {form.name}: its line {line + 1} is not {form.width} characters long"
+            elif at < form.width and index not in self._character:
+                reason = f"cannot begin a {form.name}: {bare[place]} is no Chinese character that the model knows"
+            elif at < form.width and due not in (None, index):
+                reason = f"has {bare[place]} where the acrostic has {self._character[due or 0]}"
+            else:
+                continue
+            raise InputError(shown, reason, "change it")
         if self._book is not None:
             self._check_rhymes(ids, shown)
 

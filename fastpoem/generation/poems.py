@@ -103,26 +103,27 @@ def _ready(config: GenerateConfig, device: torch.device, say: Callable[[str], No
     hub.load_weights(model, folder)
     model.to(device)
     speller = Speller(tokenizer.library, line_break)
+    heard: list[str] = []  # said where nothing is refused
     form = None if config.form is None else form_named(config.form)
-    reader = Reader(model, tokenizer, speller, [*silent], conversion_of(folder), say, full_marks=form is not None)
+    reader = Reader(model, tokenizer, speller, [*silent], conversion_of(folder), heard.append, full_marks=form is not None)
     constraint = None
     longest = min(config.max_length, shape.n_positions)
-    vocabulary = tokenizer.library.get_vocab(True)
     if form is not None:
         acrostic = None if config.acrostic is None else reader.convert(config.acrostic)
         rhymes = None if config.rhyme is None else book(book_named(config.rhyme))
-        constraint = Constraint(form, vocabulary, tokenizer.sep_id, silent, acrostic, rhymes)
+        constraint = Constraint(form, tokenizer.library.get_vocab(True), tokenizer.sep_id, silent, acrostic, rhymes)
         _refuse_short(config, form.name, 1 + form.length, shape.n_positions + 1)  # the last token is not read
         longest = 1 + form.length
     prompts = [reader(text) for text in config.prompt or ("",)]
-    tokens = {index: token for token, index in vocabulary.items()}
     for prompt in prompts:
         if constraint is not None:
-            constraint.check(prompt.ids[1:], prompt.text, tokens)
+            constraint.check(prompt.ids[1:], prompt.text)
         elif len(prompt.ids) >= longest:
             reason = f"leaves no room within {longest}"
             mend = "shorten it" if longest == shape.n_positions else "shorten it or raise --max-length"
             raise InputError(f"--prompt of {len(prompt.ids) - 1} tokens", reason, mend)
+    for line in heard:
+        say(line)
     seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
     bounds = {"end": tokenizer.sep_id, "never": sorted(silent), "longest": longest, "constraint": constraint}
     return _Ready(model, speller, prompts, seed, bounds)

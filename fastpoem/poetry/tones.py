@@ -13,7 +13,7 @@ import itertools
 from typing import NamedTuple
 
 from fastpoem.poetry.forms import FORMS, form_of, lines_of
-from fastpoem.poetry.rhyme import PINGSHUI, book
+from fastpoem.poetry.rhyme import PINGSHUI, book, ends
 
 LEVEL, OBLIQUE, EITHER, UNKNOWN = "平", "仄", "中", "？"
 OTHER = {LEVEL: OBLIQUE, OBLIQUE: LEVEL}
@@ -62,7 +62,9 @@ def tones(poem: str, by: str = PINGSHUI) -> Tones:
     if (form := form_of(poem)) is None:
         return Tones(lines, None, ())
     fitting = {name: _off(lines, kinds) for name, kinds in _schemes(form)}
-    scheme = min(fitting, key=lambda name: len(fitting[name]))
+    first, *last = (book(by).of.get(one, frozenset()) for one in (text[0][-1], *ends(poem)))
+    likely = "首句入韵" if first.intersection(*last) else "首句不入韵"  # between schemes that fit as well
+    scheme = min(fitting, key=lambda name: (len(fitting[name]), likely not in name))
     return Tones(lines, scheme, tuple(Fault(line + 1, at + 1, text[line][at]) for line, at in fitting[scheme]))
 
 
