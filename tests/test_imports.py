@@ -14,7 +14,7 @@ FLOORS = (
     "errors version",
     "disk paths",
     "signals",
-    "config",
+    "config poetry",
     "corpus",
     "model",
     "engine",
