@@ -11,7 +11,8 @@ from pathlib import Path
 PAGE = Path(__file__).with_suffix(".md")
 COMMANDS = {
     "train": ("fastpoem.config", "TrainConfig"),
-    "generate": ("fastpoem.generation.config", "GenerateConfig"),
+    "generate": ("fastpoem.generate", "GenerateCommand"),
+    "evaluate": ("fastpoem.evaluate", "EvaluateConfig"),
     "prepare": ("fastpoem.prepare", "PrepareConfig"),
     "doctor": ("fastpoem.doctor.__main__", "DoctorConfig"),
 }
