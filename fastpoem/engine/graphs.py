@@ -10,8 +10,11 @@ the same under that discipline reads nothing stale.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,9 +32,12 @@ class Graphs:
     """Stands in for `step.work` as `step.launch`. Records a shape when it is first seen, best by `record` before training begins."""
 
     def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
-        self.step, self.say = step, say
+        # Weakly, because the step has us: what both hold of the card is given back with the last name of the step, not when garbage is collected.
+        self.step: TrainStep = weakref.proxy(step)  # type: ignore[assignment]
+        self.say = say
         self.recorded: dict[Shape, Callable[[], None]] = {}
         self.broken = False  # a recording failed: no other is tried, and a shape without one is run plainly
+        self._failed: Any = None  # its graph
         self.full = False  # there are as many as there may be
         self.bytes = 0  # of the device's free memory that recording took
         on_cuda = step.device.type == "cuda"
@@ -41,13 +47,15 @@ class Graphs:
 
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
-        for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
-            ask()
-            self._record(shape)
+        with nothing_collected():
+            for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
+                ask()
+                self._record(shape)
 
     def __call__(self, shape: Shape) -> None:
-        if shape not in self.recorded:
-            self._record(shape)
+        if shape not in self.recorded and not (self.broken or self.full):
+            with nothing_collected():
+                self._record(shape)
         run = self.recorded.get(shape)
         if run is None:
             self.step.work(shape)
@@ -64,7 +72,7 @@ class Graphs:
             )
             return
         if self._pool is None:
-            self.recorded[shape] = partial(self._again, shape)
+            self.recorded[shape] = partial(again, self.step, shape)
             return
         begin, step = time.perf_counter(), self.step
         device = step.device
@@ -98,18 +106,68 @@ class Graphs:
         else:
             self.recorded[shape] = graph.replay
             self.bytes += free - torch.cuda.mem_get_info(device)[0]
+        if self.broken:
+            self._end(graph)
+            del graph
+            torch.cuda.empty_cache()
         step.setup_seconds += time.perf_counter() - begin
 
-    def _again(self, shape: Shape) -> None:
-        """Run the step, then spoil what another may not rely on it to have left."""
-        step = self.step
-        step.work(shape)
-        step.message.fill_(-1)
-        step.source.fill_(-1)  # tests on a CPU have no resident corpus
-        for _, gradient in step.optimizer.named(step.optimizer.grad):
-            gradient.fill_(torch.nan)
-        step.optimizer.lr.fill_(torch.nan)
-        step.account.last.fill_(torch.nan)
+    def _end(self, graph: Any) -> None:
+        """A capture that failed is ended for PyTorch too, and its memory given back: all of it where nothing was recorded before, and else
+        with the recordings, whose pool it is.
+
+        Up to 2.12 the allocator, and up to 2.11 the generator, would stay as if the capture were under way: the next dropout raises
+        ("Offset increment outside graph capture"), `empty_cache` may, and the pool is lost (pytorch #173421, #176752, #180395, #190348).
+        """
+        device = self.step.device
+        try:
+            torch._C._cuda_endAllocateToPool(device.index, self._pool)
+        except RuntimeError:  # ended already: by a newer PyTorch, or because Python failed and not CUDA
+            pass
+        else:
+            torch._C._cuda_releasePool(device.index, self._pool)
+            _KEPT.append(graph)
+            # The generator leaves the capture at the end of one that succeeds. Another state in its place would do for what is drawn from
+            # here on, and make every recording, which was registered with the old one, fail.
+            number = torch.zeros(1, device=device)
+            # In a stream of its own: when this graph goes, so do the workspaces of its stream, which recordings use (#193402).
+            stream, empty = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(empty, stream=stream, capture_error_mode="thread_local"):
+                number.zero_()
+        if self.recorded:  # in the stream of this one
+            self._failed = graph
+
+
+_KEPT: list[
+    Any
+] = []  # graphs that PyTorch's allocator of pinned memory asks for ever, where nobody can end their capture for it
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """What is garbage is gone, and nothing is collected inside. The finalizer of a graph (pytorch #161037), or of a kernel of Triton's since
+    3.7, asks the driver for what a capture forbids, and breaks it; `torch.cuda.graph` does not collect before since 2.9. Frozen garbage would
+    not do: there may be more of it inside. Where collection is off already there is nothing to do."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def again(step: TrainStep, shape: Shape) -> None:
+    """Run the step, then spoil what another may not rely on it to have left."""
+    step.work(shape)
+    step.message.fill_(-1)
+    step.source.fill_(-1)  # tests on a CPU have no resident corpus
+    for _, gradient in step.optimizer.named(step.optimizer.grad):
+        gradient.fill_(torch.nan)
+    step.optimizer.lr.fill_(torch.nan)
+    step.account.last.fill_(torch.nan)
 
 
 def _first_cause(error: BaseException) -> BaseException:
