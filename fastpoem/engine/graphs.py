@@ -113,29 +113,29 @@ class Graphs:
         step.setup_seconds += time.perf_counter() - begin
 
     def _end(self, graph: Any) -> None:
-        """A capture that failed is ended for PyTorch too, and its memory given back: all of it where nothing was recorded before, and else
-        with the recordings, whose pool it is.
+        """A capture that CUDA ended with an error is ended for PyTorch too. Its memory is given back: at once where nothing was recorded
+        before, and else with the recordings, whose pool it is.
 
-        Up to 2.12 the allocator, and up to 2.11 the generator, would stay as if the capture were under way: the next dropout raises
-        ("Offset increment outside graph capture"), `empty_cache` may, and the pool is lost (pytorch #173421, #176752, #180395, #190348).
+        Up to 2.11 the next dropout would raise ("Offset increment outside graph capture": pytorch #171263, #176752), up to 2.12 the
+        allocator would stay in the capture (#180395), up to 2.13 the pool would be lost to the process (#190348).
         """
+        if self.recorded:
+            self._failed = graph  # in their stream, whose workspaces would go with it: #193402
+        if torch.__version__ >= "2.14.dev0":
+            return
+        with contextlib.suppress(RuntimeError):
+            graph.pool()
+            return  # it ended well: what failed was Python
         device = self.step.device
-        try:
+        with contextlib.suppress(RuntimeError):  # by 2.13 it is ended
             torch._C._cuda_endAllocateToPool(device.index, self._pool)
-        except RuntimeError:  # ended already: by a newer PyTorch, or because Python failed and not CUDA
-            pass
-        else:
-            torch._C._cuda_releasePool(device.index, self._pool)
-            _KEPT.append(graph)
-            # The generator leaves the capture at the end of one that succeeds. Another state in its place would do for what is drawn from
-            # here on, and make every recording, which was registered with the old one, fail.
-            number = torch.zeros(1, device=device)
-            # In a stream of its own: when this graph goes, so do the workspaces of its stream, which recordings use (#193402).
-            stream, empty = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(empty, stream=stream, capture_error_mode="thread_local"):
-                number.zero_()
-        if self.recorded:  # in the stream of this one
-            self._failed = graph
+        torch._C._cuda_releasePool(device.index, self._pool)
+        _KEPT.append(graph)
+        # The generator leaves its capture at the end of one that succeeds. (With another state in its place the next dropout would do, and
+        # the recordings fail, which know the old one.) In a stream of its own, whose workspaces may go.
+        number, empty = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(empty, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            number.zero_()
 
 
 _KEPT: list[
