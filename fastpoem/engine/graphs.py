@@ -32,7 +32,7 @@ class Graphs:
     """Stands in for `step.work` as `step.launch`. Records a shape when it is first seen, best by `record` before training begins."""
 
     def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
-        # Weakly, because the step has us: what both hold of the card is given back with the last name of the step, not when garbage is collected.
+        # Weakly, because the step has us: what both hold of the card goes with the step's last name, not when garbage is collected.
         self.step: TrainStep = weakref.proxy(step)  # type: ignore[assignment]
         self.say = say
         self.recorded: dict[Shape, Callable[[], None]] = {}
@@ -78,7 +78,7 @@ class Graphs:
         device = step.device
         torch.cuda.empty_cache()  # or what was cached before would count as given back
         free = torch.cuda.mem_get_info(device)[0]
-        graph = torch.cuda.CUDAGraph()
+        graph, begun = torch.cuda.CUDAGraph(), False
         try:
             # The outer context puts the stream back where a capture that fails does not.
             with step.rehearsal(shape), torch.cuda.stream(torch.cuda.current_stream(device)):
@@ -88,6 +88,7 @@ class Graphs:
                 torch.cuda.current_stream(device).wait_stream(self._aside)
                 # thread_local: a checkpoint may be on its way to the disk in another thread
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
+                    begun = True
                     step.work(shape)
         except Exception as error:  # what is wrong with the step itself will be raised by the plain one
             self.broken = True
@@ -107,7 +108,8 @@ class Graphs:
             self.recorded[shape] = graph.replay
             self.bytes += free - torch.cuda.mem_get_info(device)[0]
         if self.broken:
-            self._end(graph)
+            if begun:
+                self._end(graph)
             del graph
             torch.cuda.empty_cache()
         step.setup_seconds += time.perf_counter() - begin
@@ -138,16 +140,15 @@ class Graphs:
             number.zero_()
 
 
-_KEPT: list[
-    Any
-] = []  # graphs that PyTorch's allocator of pinned memory asks for ever, where nobody can end their capture for it
+# Graphs that the allocator of pinned memory goes on asking up to PyTorch 2.12: nobody can end their capture for it.
+_KEPT: list[Any] = []
 
 
 @contextlib.contextmanager
 def nothing_collected() -> Iterator[None]:
-    """What is garbage is gone, and nothing is collected inside. The finalizer of a graph (pytorch #161037), or of a kernel of Triton's since
-    3.7, asks the driver for what a capture forbids, and breaks it; `torch.cuda.graph` does not collect before since 2.9. Frozen garbage would
-    not do: there may be more of it inside. Where collection is off already there is nothing to do."""
+    """What is garbage is gone, and nothing is collected inside. The finalizer of a graph (pytorch #161037), or since Triton 3.7 of a
+    kernel, asks the driver for what a capture forbids, and breaks it; since 2.9 `torch.cuda.graph` does not collect before. To freeze
+    what there is would not do: there may be more inside. Where collection is off already there is nothing to do."""
     if not gc.isenabled():
         yield
         return
