@@ -384,8 +384,8 @@ def test_silence_that_lasts_is_explained(base, tmp_path, monkeypatch, capsys):
     slow, told = {}, threading.Event()
     say = Voice.say
 
-    def heard(self, line):
-        say(self, line)
+    def heard(self, line, *values):
+        say(self, line, *values)
         if line.endswith(" …"):
             slow.setdefault(line, True)
             told.set()

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from rich.cells import cell_len
@@ -141,13 +141,13 @@ class Voice:
         self._hide()
 
     def _show(self) -> None:
-        with self._lock:
+        with self._lock, suppress(OSError):  # a terminal that is gone is no reason to stop training
             if self.live and (self._training or self._phases) and not self._display.is_started:
                 self._display.start(refresh=True)
                 self.console.show_cursor(True)  # or a process that is killed would leave a terminal without
 
     def _hide(self) -> None:
-        with self._lock:
+        with self._lock, suppress(OSError):
             if self._display.is_started and not (self._training or self._phases):
                 self._display.stop()
 

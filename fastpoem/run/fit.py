@@ -190,7 +190,8 @@ def assembled(
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             claim.config = folder.write_config(out, asked, identity, store, device, dtype)
-        voice.table(before(config, given, loop, chosen, dtype, why, about_batches))
+        if not voice.quiet:
+            voice.table(before(config, given, loop, chosen, dtype, why, about_batches))
         if state is not None and loop.done > loop.last_step:
             voice.say(f"step {loop.done} (past the {loop.last_step} asked for) is done: nothing is left to do")
         elif state is not None:

@@ -108,7 +108,7 @@ class Samples:
         """Write the poems of a step, and return them. Raises Stopped, and what `hold` raises."""
         try:
             found = self.writer()
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, IndexError) as error:  # the last: an id that is none
             self.broken = True
             self.say(f"no poems are written on the way: {first_line(error)}")
             return []

@@ -34,7 +34,8 @@ def before(
     """(label, text) rows. out: the run's folder; why: this precision; batching: what the batches are, with why, in the console's language."""
     say, store, shape, order = loop.voice.words, given.store, given.shape, loop.order
     source, counts = store.manifest["source"], store.manifest["counts"]
-    text = called(store.path, source.get("name") or store.path.name)
+    name = str(source.get("name") or store.path.name)
+    text = called(Path(config.data[0]), name) if config.data else name
     data = [say("{0:,} poems from {1}", store.rows, text)]
     if held := len(given.validation.rows):
         own = given.validation.own

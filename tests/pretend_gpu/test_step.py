@@ -39,8 +39,8 @@ class Heard(Voice):
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def say(self, english: str, *values: object) -> None:
+        self.lines.append(self.words(english, *values))
 
 
 @contextlib.contextmanager
