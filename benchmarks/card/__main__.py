@@ -33,6 +33,7 @@ from fastpoem.engine.precision import choose_device
 from fastpoem.errors import InputError
 
 ROOT = Path(__file__).parents[2]
+WORKER = [sys.executable, "-m", "benchmarks.card.worker"]
 GRACE = 5.0  # seconds that an entry may be late, before its process is ended
 HERE = ("data/poems.txt.xz", "models/gpt2-distil-chinese")  # in the folder of shared data
 
@@ -79,7 +80,7 @@ def _one_process(
     }
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.card.worker", str(file)], cwd=ROOT, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL,
+            [*WORKER, str(file)], cwd=ROOT, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
         )  # fmt: skip
     lines: queue.Queue[str] = queue.Queue()
@@ -110,7 +111,7 @@ def _one_process(
                 handled.add(told["leaves"])
         if ending is None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(30)  # it has closed its output, and only has to end
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # and what it has started

@@ -10,7 +10,6 @@ from benchmarks import budget
 from benchmarks.card.entries import TRAINER
 from benchmarks.card.forms import FORMS
 from benchmarks.card.learn import RUNS
-from benchmarks.card.markdown import _batches, _peak
 from benchmarks.card.results import Results
 from fastpoem.doctor.checks import REAL
 
@@ -61,13 +60,13 @@ def speed(results: Results, axis: Any) -> bool:
     ):
         points = [
             (poems, one["tokens_per_s"] / 1e6)
-            for poems in _batches(results)
+            for poems in results.batches()
             if (one := results.result(name.format(poems)))
         ]
         if points:
             axis.plot(*zip(*points, strict=True), "o-", color=colour, lw=1.4, ms=4, label=label)
             drawn = True
-    if drawn and (peak := _peak(results)):
+    if drawn and (peak := results.peak()):
         for label, computed, style in (
             ("computed: floor", budget.floor, ":"),
             ("computed: likely", budget.likely, "--"),
@@ -78,7 +77,7 @@ def speed(results: Results, axis: Any) -> bool:
             axis.plot(budget.BATCHES, rates, style, color="#808080", lw=1, label=label)
     if drawn:
         axis.set_xscale("log", base=2)
-        axis.set_xticks(_batches(results), list(map(str, _batches(results))))
+        axis.set_xticks(results.batches(), list(map(str, results.batches())))
         axis.minorticks_off()
         axis.set_ylim(bottom=0)
         axis.set(title="Real tokens a second", xlabel="poems a step", ylabel="millions")
@@ -107,7 +106,8 @@ def forms(results: Results, left: Any, right: Any) -> bool:
             right.plot(range(1, len(apart) + 1), apart, color=colour, lw=1, label=form)
     left.set(title="Loss from one seed, no dropout", xlabel="step")
     right.set(title="Its distance from fp32's", xlabel="step")
-    left.legend(frameon=False, fontsize=8)
+    if found:
+        left.legend(frameon=False, fontsize=8)
     return bool(found)
 
 

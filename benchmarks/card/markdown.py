@@ -1,20 +1,16 @@
-"""card.md: what card.json holds as tables, measured beside what `benchmarks.budget` computes (docs/performance.md has that whole)."""
+"""card.md: what card.json holds as tables. Those of speed are in `tables`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import budget
-from benchmarks.card.entries import NOTEBOOK, TRAINER
 from benchmarks.card.forms import COMPARED, FORMS
-from benchmarks.card.learn import RUNS
 from benchmarks.card.results import Results, write_whole
+from benchmarks.card.tables import batches, epochs, kernels, learned, number
 from benchmarks.report import table
-from fastpoem.doctor.checks import REAL
-from fastpoem.doctor.machine import Peak
 
 Line = Sequence[object]
 TOOLS = ("memcheck", "racecheck")
@@ -50,10 +46,6 @@ def _about(about: dict[str, Any]) -> str:
     if about.get("small"):
         said += ["**Small sizes**: these figures show that the command works, and nothing of speed."]
     return " ".join(said)
-
-
-def number(value: Any, form: str = "{:,.2f}", none: str = "") -> str:
-    return none if value is None else form.format(value)
 
 
 def right(value: Any) -> str:
@@ -168,147 +160,6 @@ def late(results: Results) -> Iterator[str]:
         yield table(("", "", "losses from the plain run's", "the plain run's from itself", ""), rows)
 
 
-def epochs(results: Results) -> Iterator[str]:
-    first = _batches(results)
-    batch = first[0] if first else 16
-    found = {"fastpoem": results.result("epoch")}
-    found |= {name: results.result(f"{name}, batch {batch}") for name in (NOTEBOOK, TRAINER)}
-    mine, rows = found["fastpoem"], []
-    for name, one in found.items():
-        if one is None:
-            continue
-        who = one.get("by", name)
-        against = number(one["epoch_s"] / mine["epoch_s"] if mine and one is not mine else None, "**{:.1f}**")
-        told = f"{one['steps']:,}" + (f" of {one['of']:,}" if "of" in one else f" in {one['turns']} turns")
-        rows.append(
-            (
-                who,
-                told,
-                f"{one['epoch_s']:,.1f}",
-                f"{one['poems_per_s']:,.0f}",
-                f"{one['tokens_per_s']:,.0f}",
-                number(one["mfu"], "{:.1%}"),
-                against,
-            )
-        )
-    if rows:
-        yield table(
-            ("", "steps", "epoch s", "poems/s", "real tokens/s", "share of peak", "fastpoem's speed over it"), rows
-        )
-    if mine:
-        yield (
-            f"fastpoem's epoch: {mine['seconds']:.1f} s for its steps, {mine['setup_s']:.1f} s before the first (preparing, checking, compiling, recording), "
-            f"{mine['whole_s']:.1f} s in all. Projected where the time was over before."
-        )
-    if mine and (peak := _peak(results)):
-        step = [f(REAL, 16, peak, budget.INPUTS) * 13_597 for f in (budget.floor, budget.likely)]
-        yield f"Computed: {step[0]:.0f} s at the floor, {step[1]:.0f} s likely."
-
-
-def batches(results: Results) -> Iterator[str]:
-    peak, rows = _peak(results), []
-    for poems in _batches(results):
-        theirs = results.result(f"{TRAINER}, batch {poems}")
-        for batching in ("pack", "bucket"):
-            one = results.result(f"batch {poems}, {batching}")
-            if one is None:
-                continue
-            computed = [f(REAL, poems, peak, budget.INPUTS) if peak else None for f in (budget.floor, budget.likely)]
-            nodes = budget.NODES + (budget.PACKING if batching == "pack" else 0)
-            memory = (
-                one["memory"] and f"{one['memory']['allocated'] / 2**30:.1f} / {one['memory']['reserved'] / 2**30:.1f}"
-            )
-            again = theirs and f"**{one['tokens_per_s'] / theirs['tokens_per_s']:.2f}**"
-            rows.append(
-                (poems, batching, number(one["step_ms"]), *(number(x and 1e3 * x) for x in computed), number(one["epoch_s"], "{:,.1f}"),
-                 number(one["tokens_per_s"] / 1e6, "{:.3f}"), number(one["mfu"], "{:.1%}"), memory or "",
-                 "" if one["nodes"] is None else f"{one['nodes']} ({nodes})", again or "")
-            )  # fmt: skip
-    if rows:
-        head = (
-            "batch",
-            "batches",
-            "step ms",
-            "floor ms, computed",
-            "likely ms, computed",
-            "epoch s",
-            "M tokens/s",
-            "share of peak",
-        )
-        yield table(
-            (*head, "GiB allocated / reserved", "graph nodes (counted)", "speed over the compiled Trainer"), rows
-        )
-    if trainers := [
-        (poems, one) for poems in _batches(results) if (one := results.result(f"{TRAINER}, batch {poems}"))
-    ]:
-        lines = [
-            (
-                poems,
-                one["by"],
-                number(one["step_ms"]),
-                number(one["tokens_per_s"] / 1e6, "{:.3f}"),
-                number(one["mfu"], "{:.1%}"),
-                number(one["setup_s"], "{:.0f}"),
-            )
-            for poems, one in trainers
-        ]
-        yield table(
-            (
-                "batch",
-                "sorted batches, bf16, torch.compile, fused AdamW, SDPA",
-                "step ms",
-                "M tokens/s",
-                "share of peak",
-                "set-up s",
-            ),
-            lines,
-        )
-
-
-def kernels(results: Results) -> Iterator[str]:
-    if found := results.result("bandwidth"):
-        rows = [
-            (
-                name,
-                *(number(one[key], "{:,.1f}") for key in ("us", "gb_s", "copy_us", "copy_gb_s")),
-                f"**{one['share']:.0%}**",
-            )
-            for name, one in found["rows"].items()
-        ]
-        yield table(("kernel", "µs", "GB/s", "copy µs", "copy GB/s", "of the copy's rate"), rows)
-    if found := results.result("ncu"):
-        rows = [
-            (
-                name,
-                one["launches"],
-                f"{one['us']:,.1f}",
-                *(f"{one[key] / 1e6:,.1f}" for key in ("read", "written")),
-                f"{one['percent']:.0f}%",
-            )
-            for name, one in found["kernels"].items()
-        ]
-        yield table(("ncu", "launches", "µs", "MB read", "MB written", "of the memory's peak"), rows)
-
-
-def learned(results: Results) -> Iterator[str]:
-    rows = [
-        (
-            name,
-            number(one["lr"], "{:.2e}"),
-            f"{one['steps']:,}",
-            f"{one['share']:.0%}",
-            f"{one['seconds']:.1f}",
-            number(one["val_loss"], "**{:.4f}**"),
-        )
-        for name in RUNS
-        if (one := results.result(f"learn {name}"))
-    ]
-    if rows:
-        yield table(("run", "rate", "steps", "of an epoch", "s", "validation loss"), rows)
-        if "made up" in results.content["about"].get("poems", ""):
-            yield "On made-up poems there is nothing to learn but which characters are common."
-
-
 def rest(results: Results) -> Iterator[str]:
     lines: list[Line] = [
         (name, "failed", entry["error"]) for name, entry in results.entries.items() if "error" in entry
@@ -322,15 +173,3 @@ def rest(results: Results) -> Iterator[str]:
     codes = {entry.get("code") for entry in results.entries.values()} - {None}
     if len(codes) > 1:
         yield f"The entries were measured with {len(codes)} versions of the source (`code` in card.json)."
-
-
-def _batches(results: Results) -> list[int]:
-    found: Iterable[Any] = (
-        re.fullmatch(r".*batch (\d+)(, \w+)?", name) for name, entry in results.entries.items() if "result" in entry
-    )
-    return sorted({int(match[1]) for match in found if match})
-
-
-def _peak(results: Results) -> Peak | None:
-    known = results.content["about"].get("peak")
-    return Peak(**known) if known and not results.content["about"].get("small") else None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
+from fastpoem.doctor.machine import Peak
 from fastpoem.errors import InputError
 
 SAME = (
@@ -59,6 +61,16 @@ class Results:
 
     def result(self, name: str) -> dict[str, Any] | None:
         return self.entries.get(name, {}).get("result")
+
+    def batches(self) -> list[int]:
+        """The batch sizes that something was measured at, ascending."""
+        found = (re.search(r"batch (\d+)", name) for name, entry in self.entries.items() if "result" in entry)
+        return sorted({int(match[1]) for match in found if match})
+
+    def peak(self) -> Peak | None:
+        """The card's published rates, where what was measured can be held against them."""
+        about = self.content["about"]
+        return Peak(**about["peak"]) if about.get("peak") and not about["small"] else None
 
     def keep(self, name: str, entry: dict[str, Any]) -> None:
         self.entries[name] = finite(entry)

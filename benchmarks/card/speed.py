@@ -22,7 +22,6 @@ from benchmarks import race
 from benchmarks.arithmetic import model_flops
 from benchmarks.card.place import Deadline, Place
 from fastpoem.doctor import machine
-from fastpoem.doctor.trial import POEMS
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.step import TrainStep
 from fastpoem.run.loop import Loop
@@ -103,7 +102,7 @@ def batch(poems: int, batching: str, place: Place, seconds: float) -> dict[str, 
                 "recorded": len(getattr(loop.step.launch, "recorded", ())),
             }
             found |= {
-                "epoch_s": took / len(steps) * (POEMS // poems),
+                "epoch_s": took / len(steps) * order.steps,
                 "said": [line for line in said if "could not" in line],
             }
             return found | {"nodes": nodes(loop.step, next(iter(shapes))) if place.gpu else None}
@@ -134,7 +133,10 @@ def contender(name: str, poems: int, place: Place, seconds: float) -> dict[str, 
     steps, took = sum(turn["steps"] for turn in done), sum(turn["seconds"] for turn in done)
     total = {key: sum(turn[key] for turn in done) for key in ("poems", "tokens", "flops")}
     found = {"by": name, "turns": len(done), "steps": steps, "step_ms": 1e3 * took / steps, "setup_s": setup}
-    found |= {"by_turn": [turn["poems"] / turn["seconds"] for turn in done], "epoch_s": took / steps * (POEMS // poems)}
+    found |= {
+        "by_turn": [turn["poems"] / turn["seconds"] for turn in done],
+        "epoch_s": took / steps * len(programme.random),
+    }
     return found | _rates(place, took, total["poems"], total["tokens"], total["flops"])
 
 

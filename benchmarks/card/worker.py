@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +57,21 @@ def free(place: Place) -> None:
         torch.cuda.reset_peak_memory_stats(place.device)
 
 
-def main(job: dict[str, Any]) -> int:
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print is no answer
-
-    def answer(**what: Any) -> None:
-        print(json.dumps(finite(what), ensure_ascii=False), file=answers)
-
+def main(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> int:
     place = read_place(job["place"])
     keep_caches_in(str(place.work))
     known = {entry.name: entry for entry in entries(place.device, place.small)}
     for name in job["names"]:
         entry, left = known[name], job["end"] - time.time()
         if left < entry.needs:
-            answer(leaves=name, reason=f"it needs about {entry.needs:.0f} s, and {max(0, left):.0f} s were left")
+            answer(
+                {"leaves": name, "reason": f"it needs about {entry.needs:.0f} s, and {max(0, left):.0f} s were left"}
+            )
             continue
         limit = min(left, entry.most)
-        answer(begins=name, limit=limit)
+        answer({"begins": name, "limit": limit})
         found = attempt(entry, place, max(1.0, limit - 5))
-        answer(ends=name, entry=found)
+        answer({"ends": name, "entry": found})
         if "error" in found:
             return 1
         place = paced(place, name, found)
@@ -89,4 +86,7 @@ def read_place(job: dict[str, Any]) -> Place:
 
 
 if __name__ == "__main__":
-    sys.exit(main(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    written = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    sys.exit(main(written, lambda what: print(json.dumps(finite(what), ensure_ascii=False), file=answers)))
