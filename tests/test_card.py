@@ -310,7 +310,7 @@ def test_tables_and_pictures(tmp_path):
     assert ["fast, 0.2 / width", "2.60e-04", "13,565", "100%", "30.0", "**4.5678**"] in lines
     assert ["a capture that fails late", "right", "1.0e-07", "0.0e+00", "could not be recorded"] in lines
     for words in (
-        "**WRONG** a",
+        r"**WRONG** a\|b",
         "Invalid __global__ write",
         "compute-sanitizer is not installed",
         "it needs about 50 s",

@@ -63,7 +63,7 @@ def entries(device: torch.device, small: bool) -> list[Entry]:
     )
     add("bandwidth", "speed", 15, bandwidth.bandwidth)
     for name, run in forms.COMPARED.items():
-        add(name, "forms", 40, untimed(run))
+        add(name, "forms", 70 if run is forms.resumed else 35, untimed(run))
     for name in ("fast, 0.2 / width", "default"):
         add(f"learn {name}", "learn", 50, partial(learn.learn, name), most=120)
     add("memcheck", "checks", 40, partial(tools.sanitizer, "memcheck"), most=150)

@@ -30,7 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "graphs": {"graphs": "on"},
     "compiled + graphs": {"compile": "on", "graphs": "on"},
 }
-OFF = {"compile": "off", "graphs": "off", "batching": "pack", "lr": 1e-3, "schedule": "constant"}
+OFF = {"compile": "off", "graphs": "off", "batching": "pack", "lr": None, "schedule": "constant", "warmup_steps": 20}
 LEAST = 1e-3  # relative difference of two losses that is nothing, in 16 bits
 
 

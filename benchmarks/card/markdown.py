@@ -9,8 +9,7 @@ from typing import Any
 
 from benchmarks.card.forms import COMPARED, FORMS
 from benchmarks.card.results import Results, write_whole
-from benchmarks.card.tables import batches, epochs, kernels, learned, number
-from benchmarks.report import table
+from benchmarks.card.tables import batches, epochs, grid, kernels, learned, number
 
 Line = Sequence[object]
 TOOLS = ("memcheck", "racecheck")
@@ -66,7 +65,7 @@ def checks(results: Results) -> Iterator[str]:
             )
             for one in [*doctor["trials"], *filter(None, [doctor["notebook"]])]
         ]
-        yield table(("doctor's trial", "ms a step", "epoch, projected, s", "set-up s", ""), rows)
+        yield grid(("doctor's trial", "ms a step", "epoch, projected, s", "set-up s", ""), rows)
         units = {"copy_gb_s": "GB/s", "bf16_tflop_s": "TFLOP/s in bf16", "fp32_tflop_s": "TFLOP/s in fp32"}
         rates = ", ".join(
             f"{doctor['rates'][key]:,.4g} {unit}" for key, unit in units.items() if key in doctor["rates"]
@@ -85,9 +84,9 @@ def checks(results: Results) -> Iterator[str]:
              number(one["torch_ms"], "{:.3g}"), right(one["ok"]) + f" {one['note']}" * bool(one["note"]))
             for one in records
         ]  # fmt: skip
-        yield table(("check", "error", "allowed", "ms", "PyTorch ms", ""), rows)
+        yield grid(("check", "error", "allowed", "ms", "PyTorch ms", ""), rows)
     if tools := [(name, found) for name in TOOLS if (found := results.result(name))]:
-        yield table(
+        yield grid(
             ("compute-sanitizer", "", "its summary"), [(name, right(one["ok"]), one["summary"]) for name, one in tools]
         )
         for name, one in tools:
@@ -126,7 +125,7 @@ def steps(results: Results) -> Iterator[str]:
             "graphs",
             "",
         )
-        yield table(columns, rows)
+        yield grid(columns, rows)
         yield f"From fp32's: the median over the steps of the relative difference ({what}). All begin from one seed and see the same poems."
 
 
@@ -157,7 +156,7 @@ def late(results: Results) -> Iterator[str]:
                 )
             )
     if rows:
-        yield table(("", "", "losses from the plain run's", "the plain run's from itself", ""), rows)
+        yield grid(("", "", "losses from the plain run's", "the plain run's from itself", ""), rows)
 
 
 def rest(results: Results) -> Iterator[str]:
@@ -169,7 +168,7 @@ def rest(results: Results) -> Iterator[str]:
     ]
     lines += [(name, "left out", reason) for name, reason in results.content["left_out"].items()]
     if lines:
-        yield table(("entry", "", "why"), [tuple(str(cell).replace("|", "\\|") for cell in line) for line in lines])
+        yield grid(("entry", "", "why"), lines)
     codes = {entry.get("code") for entry in results.entries.values()} - {None}
     if len(codes) > 1:
         yield f"The entries were measured with {len(codes)} versions of the source (`code` in card.json)."

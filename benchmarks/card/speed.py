@@ -115,7 +115,7 @@ def contender(name: str, poems: int, place: Place, seconds: float) -> dict[str, 
         name = "loop, compiled"
     scene, store, device = place.scene(), place.store(), place.device.type
     programme = race.Programme(store, device=device, dtype=place.dtype, batch=poems)
-    each = max(1, min(place.size(64, 2), len(programme.random) // TURNS, place.size(12_000, 64) // poems))
+    each = max(1, min(place.size(64, 1), len(programme.random) // TURNS, place.size(12_000, 64) // poems))
     turns = TURNS if place.gpu else 2
     chosen = programme.evenly(each * turns)["notebook" if name == "notebook" else "trainer, sorted"]
     begin, hands = time.monotonic(), race.dealt(each * turns, turns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from benchmarks import budget
@@ -11,6 +11,11 @@ from benchmarks.card.learn import RUNS
 from benchmarks.card.results import Results
 from benchmarks.report import table
 from fastpoem.doctor.checks import REAL
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table whose cells may hold anything."""
+    return table(head, ([str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows))
 
 
 def number(value: Any, form: str = "{:,.2f}", none: str = "") -> str:
@@ -41,7 +46,7 @@ def epochs(results: Results) -> Iterator[str]:
             )
         )
     if rows:
-        yield table(
+        yield grid(
             ("", "steps", "epoch s", "poems/s", "real tokens/s", "share of peak", "fastpoem's speed over it"), rows
         )
     if mine:
@@ -84,7 +89,7 @@ def batches(results: Results) -> Iterator[str]:
             "M tokens/s",
             "share of peak",
         )
-        yield table(
+        yield grid(
             (*head, "GiB allocated / reserved", "graph nodes (counted)", "speed over the compiled Trainer"), rows
         )
     if trainers := [
@@ -101,7 +106,7 @@ def batches(results: Results) -> Iterator[str]:
             )
             for poems, one in trainers
         ]
-        yield table(
+        yield grid(
             (
                 "batch",
                 "sorted batches, bf16, torch.compile, fused AdamW, SDPA",
@@ -124,7 +129,7 @@ def kernels(results: Results) -> Iterator[str]:
             )
             for name, one in found["rows"].items()
         ]
-        yield table(("kernel", "µs", "GB/s", "copy µs", "copy GB/s", "of the copy's rate"), rows)
+        yield grid(("kernel", "µs", "GB/s", "copy µs", "copy GB/s", "of the copy's rate"), rows)
     if found := results.result("ncu"):
         rows = [
             (
@@ -136,7 +141,7 @@ def kernels(results: Results) -> Iterator[str]:
             )
             for name, one in found["kernels"].items()
         ]
-        yield table(("ncu", "launches", "µs", "MB read", "MB written", "of the memory's peak"), rows)
+        yield grid(("ncu", "launches", "µs", "MB read", "MB written", "of the memory's peak"), rows)
 
 
 def learned(results: Results) -> Iterator[str]:
@@ -153,6 +158,6 @@ def learned(results: Results) -> Iterator[str]:
         if (one := results.result(f"learn {name}"))
     ]
     if rows:
-        yield table(("run", "rate", "steps", "of an epoch", "s", "validation loss"), rows)
+        yield grid(("run", "rate", "steps", "of an epoch", "s", "validation loss"), rows)
         if "made up" in results.content["about"].get("poems", ""):
             yield "On made-up poems there is nothing to learn but which characters are common."

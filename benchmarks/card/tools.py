@@ -72,7 +72,7 @@ def ncu(place: Place, seconds: float) -> dict[str, Any]:
 
 
 def read_ncu(said: str) -> dict[str, dict[str, float]]:
-    """ncu's CSV: a line of names, one of units, then one a launch. Times come out in µs, bytes in bytes."""
+    """ncu's CSV: a line of names, one of units, then one a launch. By kernel, and grid where it is told: µs, bytes."""
     lines = [line for line in said.splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(lines))
     if len(rows) < 2:
@@ -81,8 +81,9 @@ def read_ncu(said: str) -> dict[str, dict[str, float]]:
     times = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3}
     sizes = {"byte": 1.0, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9}
     found: dict[str, dict[str, float]] = {}
-    for name in dict.fromkeys(row["Kernel Name"] for row in launches):
-        mine = [row for row in launches if row["Kernel Name"] == name]
+    called = lambda row: " ".join(filter(None, [row["Kernel Name"], row.get("Grid Size", "").replace(" ", "")]))
+    for name in dict.fromkeys(map(called, launches)):
+        mine = [row for row in launches if called(row) == name]
 
         def median(metric: str, scale: dict[str, float], mine: list[dict[str, str]] = mine) -> float:
             values = sorted(float(row[metric].replace(",", "")) for row in mine)
