@@ -130,9 +130,9 @@ def kernels(results: Results, axis: Any) -> bool:
     for at, name in enumerate(reversed(names)):
         share = found["rows"][name]["share"]  # type: ignore[index]
         axis.barh(at, 100 * share, color=COLOURS[0], height=0.5)
-        axis.annotate(f"{share:.0%}", (1.5, at), fontsize=8, va="center", color="white")
+        axis.annotate(f" {share:.0%}", (100 * share, at), fontsize=8, va="center")
     axis.set_yticks(range(len(names)), names[::-1])
-    axis.axvline(100, color="#808080", lw=1, ls="--")
+    axis.axvline(100, color="#808080", lw=1, ls="--", zorder=0)
     axis.margins(x=0.12)
     axis.set(title="Bandwidth of our kernels, % of a copy's")
     return bool(names)

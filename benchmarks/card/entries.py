@@ -49,6 +49,7 @@ def entries(device: torch.device, small: bool) -> list[Entry]:
     for form in forms.FORMS:
         add(f"steps, {form}", "forms", 45 if "compiled" in form else 25, untimed(partial(forms.steps, form)))
     add("epoch", "speed", 60, speed.epoch, most=200)
+    add("bandwidth", "speed", 15, bandwidth.bandwidth)
     first = [batches[at] for at in (0, 4, 2, 6)] if len(batches) > 6 else [*batches]
     for poems in first:
         add(f"batch {poems}, pack", "speed", 35, partial(speed.batch, poems, "pack"))
@@ -61,7 +62,6 @@ def entries(device: torch.device, small: bool) -> list[Entry]:
         most=150,
         small_needs=5,
     )
-    add("bandwidth", "speed", 15, bandwidth.bandwidth)
     for name, run in forms.COMPARED.items():
         add(name, "forms", 70 if run is forms.resumed else 35, untimed(run))
     for name in ("fast, 0.2 / width", "default"):

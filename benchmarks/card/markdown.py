@@ -70,7 +70,8 @@ def checks(results: Results) -> Iterator[str]:
         rates = ", ".join(
             f"{doctor['rates'][key]:,.4g} {unit}" for key, unit in units.items() if key in doctor["rates"]
         )
-        yield f"Copy and products: {rates}."
+        if rates:
+            yield f"Copy and products: {rates}."
         records += doctor["checks"]
     records += [
         record

@@ -160,7 +160,7 @@ class Place:
                     compile_step(
                         loop.step, [loop.feed(loop.order(0, number)) for number in range(min(2, loop.order.steps))]
                     )
-                    loop.step.forms = forms
+                    loop.step.forms, loop._forms = forms, forms()
                 yield loop, voice.lines
 
 
