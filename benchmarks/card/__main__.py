@@ -1,4 +1,5 @@
-"""`python -m benchmarks.card --out DIR`: measure what is not in DIR/card.json yet, for --minutes at the most, and write card.json, card.md and PNGs.
+"""`python -m benchmarks.card --out DIR`: measure what is not in DIR/card.json yet, for --minutes at the most, and write card.json, card.md, PNGs,
+and log.txt (what libraries said).
 
 A call goes on where the last one ended; what failed is tried again after what was never tried. `--part draw` measures nothing: it writes card.md and
 the PNGs (where matplotlib is) of a card.json that came from another machine.
@@ -39,9 +40,10 @@ HERE = ("data/poems.txt.xz", "models/gpt2-distil-chinese")  # in the folder of s
 
 
 class Outcome(NamedTuple):
-    """How a process of entries ended, which of them it had ended or left out, and the one that it was in."""
+    """How a process of entries ended and what it said last, which of them it had ended or left out, and the one that it was in."""
 
     ending: str
+    last: str
     handled: set[str]
     under_way: str | None
 
@@ -50,13 +52,10 @@ def measure(results: Results, place: Place, names: Sequence[str], end: float, sa
     """Run entries in processes until `end` (of `time.time`); each is kept as soon as it is there."""
     left, parts = list(names), {entry.name: entry.part for entry in entries(place.device, place.small)}
     while left and time.time() < end:
-        ending, handled, under_way = _one_process(results, place, left, end, say)
+        ending, last, handled, under_way = _one_process(results, place, left, end, say)
         lost = under_way or (left[0] if not handled else None)  # a process that could not even begin costs the first
         if lost is not None:
-            entry = {
-                "part": parts[lost],
-                "error": f"its process {ending}; the end of its log: {_last(place.work / 'log.txt')}",
-            }
+            entry = {"part": parts[lost], "error": f"its process {ending}; the end of its log: {last}"}
             results.keep(lost, entry)
             say(f"  {lost}: {_words(entry)}")
         left = [name for name in left if name not in handled | {lost}]
@@ -69,7 +68,7 @@ def _one_process(
 ) -> Outcome:
     job = {**vars(paced(place, "epoch", results.entries.get("epoch", {}))), "device": str(place.device)}
     job = {key: str(value) if isinstance(value, Path) else value for key, value in job.items()}
-    file, log = place.work / "job.json", place.work / "log.txt"
+    file, log = place.work / "job.json", results.folder / "log.txt"
     file.write_text(json.dumps({"place": job, "names": list(names), "end": end}), encoding="utf-8")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     quiet = {
@@ -78,7 +77,8 @@ def _one_process(
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    with log.open("w", encoding="utf-8") as errors:
+    with log.open("ab") as errors:
+        before = errors.tell()
         process = subprocess.Popen(
             [*WORKER, str(file)], cwd=ROOT, env={**os.environ, **quiet}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
@@ -117,7 +117,8 @@ def _one_process(
             os.killpg(process.pid, signal.SIGKILL)  # and what it has started
         code = process.wait()
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    return Outcome(ending or how, handled, under_way)
+    said = log.read_bytes()[before:].decode(errors="replace").strip().splitlines() or ["empty"]
+    return Outcome(ending or how, said[-1][:300], handled, under_way)
 
 
 def _read(stream: IO[str] | None, lines: queue.Queue[str]) -> None:
@@ -125,11 +126,6 @@ def _read(stream: IO[str] | None, lines: queue.Queue[str]) -> None:
     for line in stream or ():
         lines.put(line)
     lines.put("")
-
-
-def _last(log: Path) -> str:
-    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["empty"]
-    return said[-1][:300]
 
 
 def _words(entry: dict[str, Any]) -> str:

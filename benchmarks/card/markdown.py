@@ -41,7 +41,9 @@ def _about(about: dict[str, Any]) -> str:
     said[0] += (
         f", transformers {about.get('transformers')}, Python {about.get('python')}, {about.get('cpu_threads')} CPU threads."
     )
-    said += [f"Poems: {about.get('poems')}, {about.get('count', 0):,}. Training computes in {about.get('precision')}."]
+    said += [
+        f"Poems: {about.get('poems')}{number(about.get('count'), ', {:,}')}. Training computes in {about.get('precision')}."
+    ]
     if about.get("small"):
         said += ["**Small sizes**: these figures show that the command works, and nothing of speed."]
     return " ".join(said)

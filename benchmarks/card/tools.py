@@ -40,8 +40,8 @@ def sanitizer(tool: str, place: Place, seconds: float) -> dict[str, Any]:
     program = _there("compute-sanitizer", place)
     options = ["--tool", tool, "--error-exitcode", "7", "--print-limit", "20"]
     # Kernels are compiled beforehand, or the tool would look at the compiler too.
-    _program("tiny", place, seconds / 3)
-    code, said = _ran([program, *options, *_command("tiny", place)], seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+    left = seconds - _program("tiny", place, seconds / 3)
+    code, said = _ran([program, *options, *_command("tiny", place)], left, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     lines = [line.removeprefix("=========").strip() for line in said.splitlines() if line.startswith("=========")]
     summary = next((line for line in reversed(lines) if "SUMMARY" in line), None)
     if summary is None:
@@ -64,8 +64,10 @@ def ncu(place: Place, seconds: float) -> dict[str, Any]:
         "--launch-count",
         "40",
     ]
-    _program("real", place, seconds / 3)
-    code, said = _ran([program, *options, *_command("real", place)], seconds)
+    left = seconds - _program("real", place, seconds / 3)
+    code, said = _ran([program, *options, *_command("real", place)], left)
+    if "ERR_NVGPUCTRPERM" in said:
+        raise Missing("this user may not read the GPU's counters (ERR_NVGPUCTRPERM)")
     if not (found := read_ncu(said)):
         raise RuntimeError(f"ncu read nothing (exit code {code}): {' | '.join(said.splitlines()[-3:])}")
     return {"kernels": found}
@@ -109,11 +111,13 @@ def _command(what: str, place: Place) -> list[str]:
     return [sys.executable, "-m", "benchmarks.card.tools", what, str(place.device)]
 
 
-def _program(what: str, place: Place, seconds: float) -> None:
-    """Once without a tool: what fails here is the kernel's fault and no tool's."""
+def _program(what: str, place: Place, seconds: float) -> float:
+    """Once without a tool: what fails here is the kernel's fault and no tool's. Returns the seconds that it took."""
+    begin = time.monotonic()
     code, said = _ran(_command(what, place), seconds)
     if code != 0:
         raise RuntimeError(f"the kernels failed before any tool looked: {' | '.join(said.splitlines()[-3:])}")
+    return time.monotonic() - begin
 
 
 def _ran(command: list[str], seconds: float, **variables: str) -> tuple[int, str]:

@@ -72,7 +72,7 @@ def main(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> int:
         answer({"begins": name, "limit": limit})
         found = attempt(entry, place, max(1.0, limit - 5))
         answer({"ends": name, "entry": found})
-        if "error" in found:
+        if "error" in found or found.get("result", {}).get("ok") is False:
             return 1
         place = paced(place, name, found)
         free(place)
