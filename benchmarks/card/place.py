@@ -100,7 +100,7 @@ class Place:
         """The text and what is made of it, made once. poems: every so many-th only, so that there are so many."""
         tokenizer = self.tokenizer or BUNDLED / "model"
         name = "-".join(
-            ["text", *["small"] * self.small, *["given"] * (self.data is not None), *[str(poems or "")] * bool(poems)]
+            ["text", *["small"] * self.small, *["given"] * (self.data is not None), *[str(poems)] * bool(poems)]
         )
         folder, text = self.work / name, self.work / name / "poems.txt"
         if poems is None and self.data is not None and not self.small:
