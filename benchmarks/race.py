@@ -55,21 +55,27 @@ class Programme:
     """Who trains on what. `lengths` (rows,) are tokens of each poem."""
 
     def __init__(
-        self, store: TokenStore, val_poems: int = 0, device: str = "cpu", dtype: torch.dtype | None = None
+        self,
+        store: TokenStore,
+        val_poems: int = 0,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        batch: int = BATCH,
     ) -> None:
+        self.batch = batch
         self.lengths = row_lengths(store)
         held = held_out_rows(store.rows, val_poems, 0)
         bucket, index = store.locate(np.arange(store.rows))
         self._row = np.empty((len(store.buckets), max(b.rows for b in store.buckets)), np.int64)
         self._row[bucket, index] = np.arange(store.rows)
-        config, where = from_kwargs(data="poems", batch_size=BATCH, seed=0), torch.device(device)
+        config, where = from_kwargs(data="poems", batch_size=batch, seed=0), torch.device(device)
         dtype = (
             dtype or choose_dtype("fp32" if device == "cpu" else "auto", where, FULL, 1030)[0]
         )  # as the worker has it
         self.batching, _ = choose_batching(config, where, dtype, FULL.n_embd // FULL.n_head)
         self.order = order_of(dataclasses.replace(config, batching=self.batching), store, held)
         free = np.delete(np.arange(store.rows), held)
-        self.random = np.random.default_rng(0).permutation(free)[: len(free) // BATCH * BATCH].reshape(-1, BATCH)
+        self.random = np.random.default_rng(0).permutation(free)[: len(free) // batch * batch].reshape(-1, batch)
 
     def rows(self, step: int) -> list[int]:
         found = self.order(0, step)
@@ -90,7 +96,7 @@ class Programme:
     def _sorted(self, batches: list[list[int]]) -> list[list[int]]:
         """The same poems in batches of like length."""
         rows = np.concatenate(batches)
-        return rows[np.argsort(self.lengths[rows], kind="stable")].reshape(-1, BATCH).tolist()
+        return rows[np.argsort(self.lengths[rows], kind="stable")].reshape(-1, self.batch).tolist()
 
     def epoch(self, count: int) -> dict[str, Batches]:
         """The first `count` batches of an epoch, in the order of training; those of *trainer, sorted* shuffled."""
@@ -103,7 +109,7 @@ class Programme:
 
     def figures(self, batches: Batches) -> dict[str, int]:
         """poems, real tokens that are targets, and positions computed: with padding to the longest where they are not packed."""
-        lengths = self.lengths[np.array(batches.rows)]  # (batches, BATCH)
+        lengths = self.lengths[np.array(batches.rows)]  # (batches, B)
         return {
             "poems": lengths.size,
             "tokens": int((lengths - 1).sum()),
@@ -125,12 +131,24 @@ def dealt(count: int, turns: int) -> list[list[int]]:
 class Contender:
     """A worker's other end. Once the worker is dead, even at its start, `turn` and `loss` raise RuntimeError with the cause."""
 
-    def __init__(self, name: str, scene: Scene, shape: GPT2Config, *, device: str, lr: float, val_poems: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        scene: Scene,
+        shape: GPT2Config,
+        *,
+        device: str,
+        lr: float,
+        val_poems: int,
+        batch: int = BATCH,
+        cache: Path | None = None,
+    ) -> None:
+        """cache: where stores and compilers keep what they make, None: nowhere that lasts."""
         folder = Path(tempfile.mkdtemp(prefix=f"{name.replace(', ', '-')}-", dir=scene.folder))
         self.name, self.log = name, folder / "log"
         self._resident, self._death = "unknown", ""
         job = {"contender": name, "data": str(scene.data), "model": str(scene.model(shape)), "folder": str(folder)}
-        job |= {"device": device, "lr": lr, "val_poems": val_poems}
+        job |= {"device": device, "lr": lr, "val_poems": val_poems, "batch": batch, "cache": str(cache or folder)}
         (folder / "job.json").write_text(json.dumps(job))
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         with open(self.log, "w") as log:
@@ -195,10 +213,13 @@ def start(
     lr: float = 2e-5,
     val_poems: int = 0,
     names: Sequence[str] = CONTENDERS,
+    batch: int = BATCH,
+    cache: Path | None = None,
 ) -> Iterator[dict[str, Contender]]:
     """One contender after the other, so that their loading does not disturb anybody's first turn; closed at the end."""
     give_back_memory()  # what this process has measured before leaves gigabytes
-    contenders = {name: Contender(name, scene, shape, device=device, lr=lr, val_poems=val_poems) for name in names}
+    settings: dict[str, Any] = {"device": device, "lr": lr, "val_poems": val_poems, "batch": batch, "cache": cache}
+    contenders = {name: Contender(name, scene, shape, **settings) for name in names}
     try:
         yield contenders
     finally:

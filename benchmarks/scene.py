@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from fastpoem.corpus.feed import Rows, Shape
@@ -39,9 +38,6 @@ LENGTHS = {
     84: 1, 92: 1, 96: 5, 108: 1, 112: 1, 120: 3, 127: 1, 128: 1, 132: 1, 144: 2, 152: 1, 160: 1, 168: 1, 170: 1, 184: 1, 192: 1,
     208: 1, 228: 1, 240: 1, 276: 1, 336: 1, 480: 1,
 }  # fmt: skip
-
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
-DEVICES = ["cpu", CUDA]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,10 +71,10 @@ class Scene:
         return folder
 
 
-def make_scene(folder: Path, *, real: bool = REAL, poems: int = MADE_UP) -> Scene:
+def make_scene(folder: Path, *, real: bool = REAL, poems: int = MADE_UP, text: str = "poems.txt") -> Scene:
     if real:
         return Scene(folder, CORPUS, TOKENIZER)
-    data = folder / "poems.txt"
+    data = folder / text
     draw = np.random.default_rng(0)
     characters = np.array(list("".join((hub.BUNDLED / "poems.txt").read_text(encoding="utf-8").split())))
     lengths = draw.choice(list(LENGTHS), poems, p=np.array(list(LENGTHS.values())) / sum(LENGTHS.values()))

@@ -6,7 +6,8 @@ The loss is that of held-out poems over their real tokens, by the same code for 
 import pytest
 
 from benchmarks import race
-from benchmarks.scene import DEVICES, SMALL
+from benchmarks.devices import DEVICES
+from benchmarks.scene import SMALL
 from benchmarks.worker import CONTENDERS
 
 pytestmark = pytest.mark.timeout(900)  # slow machines: a turn of the notebook's, and everybody's start before it

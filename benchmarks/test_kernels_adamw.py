@@ -7,7 +7,7 @@ import pytest
 import torch
 from fastpoem_kernels import clipped_adamw_
 
-from benchmarks.scene import DEVICES
+from benchmarks.devices import DEVICES
 
 BLOCK = [768, 768, 2304 * 768, 2304, 768 * 768, 768, 768, 768, 3072 * 768, 3072, 768 * 3072, 768]
 SIZES = [21128 * 768, 1024 * 768, *(BLOCK * 6), 768, 768]

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from fastpoem_kernels import cross_entropy
 
+from benchmarks.devices import DEVICES
 from benchmarks.race import ROOT
-from benchmarks.scene import DEVICES
 
 ROWS, VOCABULARY = 1030, 21128
 

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from benchmarks.arithmetic import model_flops, settle
-from benchmarks.scene import BATCH, DEVICES, FULL, LENGTH, made_up_rows, make_step
+from benchmarks.devices import DEVICES
+from benchmarks.scene import BATCH, FULL, LENGTH, made_up_rows, make_step
 
 ROUNDS = 3
 CASES = [

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import race
 from benchmarks.arithmetic import best_product, model_flops, products, settle
-from benchmarks.scene import BATCH, DEVICES, FULL, LENGTH, make_step
+from benchmarks.devices import DEVICES
+from benchmarks.scene import BATCH, FULL, LENGTH, make_step
 from fastpoem.corpus.feed import Feed
 
 STEPS, ROUNDS = 8, 3

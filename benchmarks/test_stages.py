@@ -10,7 +10,8 @@ from fastpoem_kernels import cross_entropy
 
 from benchmarks import race
 from benchmarks.arithmetic import model_flops, settle
-from benchmarks.scene import BATCH, DEVICES, FULL, LENGTH, Scene, made_up_rows, make_step
+from benchmarks.devices import DEVICES
+from benchmarks.scene import BATCH, FULL, LENGTH, Scene, made_up_rows, make_step
 from fastpoem.corpus.feed import Feed
 from fastpoem.engine.batch import IGNORE, assemble
 

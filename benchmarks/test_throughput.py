@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from benchmarks import race
-from benchmarks.scene import DEVICES, FULL
+from benchmarks.devices import DEVICES
+from benchmarks.scene import FULL
 from benchmarks.worker import CONTENDERS
 
 pytestmark = pytest.mark.timeout(900)  # slow machines: a turn of the notebook's, and everybody's start before it

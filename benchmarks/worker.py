@@ -2,7 +2,7 @@
 
 A process each, because fastpoem tells the C allocator to keep its memory: contenders that shared its process would be faster than they are.
 
-JOB: {"contender", "data", "model", "folder", "device", "lr", "val_poems"}. A line of JSON on stdin is a turn: {"batches": rows of the text, a list for each
+JOB: {"contender", "data", "model", "folder", "device", "lr", "val_poems", "batch", "cache"}. A line of JSON on stdin is a turn: {"batches": rows of the text, a list for each
 step, "steps": fastpoem's numbers of these steps (or null), "seconds": when to stop at the latest}. Answers {"seconds", "steps"}. {"evaluate": true} is answered
 with {"loss"}: a mean over the real tokens of the held-out poems, by the same code for every contender.
 
@@ -35,6 +35,7 @@ from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import evaluate
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
+from fastpoem.paths import keep_caches
 
 CONTENDERS = ("notebook", "trainer, plain", "trainer, sorted", "fastpoem")
 
@@ -107,14 +108,20 @@ def take_back_memory() -> None:
 
 
 def open_store(job: dict[str, Any]) -> TokenStore:
-    return cached_store(Path(job["data"]), PoemTokenizer.load(Path(job["model"])), cache_dir=Path(job["folder"]))
+    return cached_store(Path(job["data"]), PoemTokenizer.load(Path(job["model"])), cache_dir=Path(job["cache"]))
 
 
 def run_fastpoem(job: dict[str, Any], turns: Turns) -> None:
     from fastpoem.run.console import Voice
     from fastpoem.run.fit import assembled
 
-    places = {"data": job["data"], "model": job["model"], "out": f"{job['folder']}/run", "cache_dir": job["folder"]}
+    places: dict[str, Any] = {
+        "data": job["data"],
+        "model": job["model"],
+        "out": f"{job['folder']}/run",
+        "cache_dir": job["cache"],
+    }
+    places |= {"batch_size": job["batch"]}
     precision = "fp32" if job["device"] == "cpu" else "auto"  # as the others compute
     config = from_kwargs(**places, val_poems=job["val_poems"], device=job["device"], lr=job["lr"], precision=precision)
     with assembled(config, Voice(quiet=True)) as (loop, _):
@@ -150,12 +157,35 @@ def run_transformers(job: dict[str, Any], turns: Turns) -> None:
     torch.manual_seed(0)
     if job["contender"] == "notebook":
         turns.prepare = lambda turn: [[lines[row] for row in rows] for rows in turn["batches"]]
-        list(notebook.train(model, tokenizer, _Lines(turns), device=job["device"], lr=job["lr"], shuffle=False))
+        list(
+            notebook.train(
+                model,
+                tokenizer,
+                _Lines(turns),
+                device=job["device"],
+                lr=job["lr"],
+                batch_size=job["batch"],
+                shuffle=False,
+            )
+        )
     else:
+        compiled = job["contender"].endswith(", compiled")
         turns.prepare = lambda turn: [
             peers.tokenized(tokenizer, [lines[row] for row in rows]) for rows in turn["batches"]
         ]
-        peers.train(model, tokenizer, turns, folder=Path(job["folder"]), device=job["device"], lr=job["lr"])
+        run = peers.loop if job["contender"].startswith("loop") else peers.train
+        settings = peers.strongest(job["device"]) if compiled and run is peers.train else {}
+        keep_caches(job["cache"])
+        run(
+            model,
+            tokenizer,
+            turns,
+            folder=Path(job["folder"]),
+            device=job["device"],
+            lr=job["lr"],
+            batch_size=job["batch"],
+            **settings,
+        )
 
 
 def main() -> None:

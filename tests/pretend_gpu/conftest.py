@@ -38,7 +38,7 @@ UNCOVERED = {
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, so that no worker is left alone with them."""
     longest = ["test_compiled.py", "test_commands.py", "test_step.py", "test_tool.py"]
-    items.sort(key=lambda item: longest.index(item.path.name))
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 def assert_sound(outcome, code=0):

@@ -1,0 +1,23 @@
+"""`python -m benchmarks.card` on the pretend GPU: its figures mean nothing, and every line that only a card runs has run."""
+
+import json
+
+from conftest import UNCOVERED
+
+GRAPHS = ("steps, graphs", "a capture that fails late", "checkpoints while graphs replay", "bandwidth")
+
+
+def test_entries_of_a_card(command, tmp_path):
+    more = ["--small", "--out", tmp_path / "out", "--work", tmp_path / "work"]
+    outcome = command(
+        "benchmarks.card", *more, *(word for name in GRAPHS for word in ("--only", name)), extra=UNCOVERED
+    )
+    found = json.loads((tmp_path / "out/card.json").read_text())
+    assert {name: entry.get("error") for name, entry in found["entries"].items()} == dict.fromkeys(GRAPHS), outcome.said
+    assert outcome.code == 0 and "H100 (pretend)" in found["about"]["name"]
+    results = {name: entry["result"] for name, entry in found["entries"].items()}
+    steps, late, saved, rates = (results[name] for name in GRAPHS)
+    assert steps["recorded"] >= 2 and not steps["broken"] and len(steps["losses"]) == 8
+    assert late["ok"] and "could not be recorded" in late["said"][0]
+    assert saved["ok"] and saved["checkpoints"] >= 2
+    assert all(row["us"] > 0 for row in rates["rows"].values())
