@@ -47,7 +47,7 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
     silent = ({*never_written(folder, shape.vocab_size)} | never_ids(tokenizer, shape.vocab_size)) - {line_break}
     if len(silent) == shape.vocab_size:
         raise InputError(folder, "has no token to write with", "use the tokenizer that belongs to the model")
-    device = choose_device(config.device)
+    device = choose_device(config.device, say or _say)
     try:
         model = GPT2(shape).eval()
         hub.load_weights(model, folder)
