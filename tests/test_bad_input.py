@@ -691,8 +691,8 @@ def test_no_network(base, tmp_path, network):
             while True:
                 silent.accept()[0].close()
                 asked += 1
-    print("asked", asked)
-    assert done.returncode == 2 and seconds < 20 and asked == (network == "is silent")
+    assert done.returncode == 2 and seconds < 20
+    assert asked in ((1, 2) if network == "is silent" else (0,))
     assert done.stderr.startswith(f"fastpoem: owner/name: it could not be fetched from the hub at {endpoint}")
     assert done.stderr.count("\n") == 1 and "give --model a folder fetched elsewhere" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -104,17 +104,14 @@ def test_a_signal_that_is_ignored_stays_so(number):
 
 @pytest.mark.parametrize("second", KINDS)
 def test_a_second_one_ends_the_process_and_the_same_one_twice_is_one(second):
-    script = f"{LISTENING}\ndef main():\n told(); os.kill(os.getpid(), {int(second)}); time.sleep(PAUSE)\n told()\nrun_command(main)"
+    script = f"{LISTENING}\nsignals.MOMENT = MOMENT\ndef main():\n told(); time.sleep(PAUSE); os.kill(os.getpid(), {int(second)}); time.sleep(PAUSE)"
     late, twin = (
-        python(
-            f"PAUSE = {pause}\n{script}".replace("def main():", f"signals.MOMENT = {moment}\ndef main():"),
-            str(int(signal.SIGINT)),
-        )
+        python(f"PAUSE, MOMENT = {pause}, {moment}\n{script}\nrun_command(main)", str(int(signal.SIGINT)))
         for pause, moment in ((0.3, 0.1), (0, 60))  # on busy cores much time may pass between two lines
     )
     late.communicate(timeout=600)
     _, err = twin.communicate(timeout=600)
-    assert late.returncode == -signal.SIGINT
+    assert late.returncode == -second
     assert (twin.returncode, err) == (128 + signal.SIGINT, "fastpoem: stopped by SIGINT\n")
 
 
