@@ -1,11 +1,21 @@
 """What several tests share: a small Hugging Face model with random weights, the bundled verses, and the shared data where it is there."""
 
+import contextlib
 import os
 from pathlib import Path
 
 import pytest
 
 from fastpoem.model.hub import BUNDLED
+
+with contextlib.suppress(ImportError):  # tests/pretend_gpu does without
+    from hypothesis import HealthCheck, settings
+
+    # The clock judges nothing: cores may be busy. Examples are the same every time; `--hypothesis-profile explore` draws new ones.
+    unhurried = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+    settings.register_profile("same", derandomize=True, **unhurried)
+    settings.register_profile("explore", **unhurried)
+    settings.load_profile("same")
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub

@@ -34,7 +34,8 @@ def arm(fault: dict) -> None:
     {"count": file}: count the operations into a file.
     {"no_larger_than": bytes}: the kernel refuses larger files (RLIMIT_FSIZE).
     {"vanish": path, "step": n}: a folder is removed after step n.
-    {"stall": seconds}: writing tensors takes so long, once "writing" was printed.
+    {"stall": seconds}: writing the first tensors takes so long, once "writing" was printed.
+    {"slow": seconds}: a step takes so much longer.
     """
     done = 0
 
@@ -75,10 +76,14 @@ def arm(fault: dict) -> None:
                 shutil.rmtree(fault["vanish"])
 
         Loop.one_step = step
+    if "slow" in fault:
+        taken = Loop.one_step
+        Loop.one_step = lambda self: (taken(self), time.sleep(fault["slow"]))[0]
     if "stall" in fault:
         write_tensors = disk.write_tensors
 
         def stall(path, tensors):
+            disk.write_tensors = write_tensors
             print("writing", flush=True)
             time.sleep(fault["stall"])
             return write_tensors(path, tensors)

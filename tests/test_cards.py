@@ -65,7 +65,7 @@ def test_why_there_is_no_gpu(machine, monkeypatch):
     machine.build = None
     assert machine.choose("auto") == "cpu"
     assert (
-        machine.said[0].startswith("training on the CPU although there is a GPU: this PyTorch")
+        machine.said[0].startswith("there is a GPU, but it is not used: this PyTorch")
         and "CPU build" in machine.said[0]
     )
     with pytest.raises(

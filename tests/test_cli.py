@@ -142,7 +142,7 @@ def test_help_and_a_pipe_that_closes(module, tmp_path):
     """Every flag has its help, and `| head -1` ends it quietly."""
     line = f"{shlex.quote(sys.executable)} -m fastpoem.{module} -h | head -1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(
-        ["bash", "-c", line], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        ["bash", "-c", line], env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"usage: python -m fastpoem.{module}")
 

@@ -18,6 +18,7 @@ from fastpoem_kernels.check import Record, check
 from fastpoem.config import TrainConfig
 from fastpoem.doctor import __main__ as doctor
 from fastpoem.doctor import apart, check_attention, checks, examine, machine, trial, trust, verdicts
+from fastpoem.engine import cards
 from fastpoem.engine.build import Trusted
 from fastpoem.engine.compile import keep_caches_in
 from fastpoem.engine.graphs import Graphs
@@ -513,7 +514,23 @@ def test_a_verdict_depends_on_card_driver_versions_and_source(monkeypatch):
 
 
 SCRIPT = """#!{python}
-import json, os, signal, sys, time
+import json, os, pathlib, signal, sys, time
+
+looks, clock = (pathlib.Path("{folder}", name) for name in ("looks", "clock"))
+
+def seen():
+    "Until who waits for this process has heard all that it said."
+    before = int(looks.read_text())
+    while int(looks.read_text()) < before + 4:
+        time.sleep(0.02)
+
+def later(seconds):
+    "By the clock of who waits."
+    seen()
+    pathlib.Path(str(clock) + "new").write_text(str(int(clock.read_text()) + seconds))
+    os.replace(str(clock) + "new", clock)
+    seen()
+
 print("a library's word")
 for name in sys.argv[4:]:
     if "unwilling" in name:
@@ -522,7 +539,15 @@ for name in sys.argv[4:]:
     if name == "dies":
         os.kill(os.getpid(), signal.SIGSEGV)
     if name == "hangs":
-        time.sleep(60)
+        later(70)
+        time.sleep(600)
+    for part in name.split()[1:]:
+        if part.startswith("compiles"):
+            print(json.dumps(dict(compiles=True)), flush=True)
+            later(int(part[8:]))
+            print(json.dumps(dict(compiles=False)), flush=True)
+        else:
+            later(int(part[4:]))
     print(json.dumps(dict(check=name, records=[dict(name=name, ok=name != "fails", note="")])), flush=True)
     if name == "fails":
         break
@@ -531,14 +556,41 @@ for name in sys.argv[4:]:
 
 def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
     script = tmp_path / "python"
-    script.write_text(SCRIPT.format(python=sys.executable))
+    script.write_text(SCRIPT.format(python=sys.executable, folder=tmp_path))
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(apart.sys, "executable", str(script))
     names = ["good", "dies", "better", "fails", "hangs", "last"]
-    found = dict(apart.in_a_process(CPU, names, patience=3))
+    looks, clock = tmp_path / "looks", tmp_path / "clock"
+    clock.write_text("0")
+
+    def monotonic():
+        (tmp_path / "new").write_text(str(monotonic.calls))
+        os.replace(tmp_path / "new", looks)
+        monotonic.calls += 1
+        return time.monotonic() + int(clock.read_text())
+
+    monotonic.calls = 0
+    monkeypatch.setattr(apart, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    found = dict(apart.in_a_process(CPU, names))
     assert list(found) == names
     assert [name for name in names if not right(found[name])] == ["dies", "fails", "hangs"]
-    assert "signal 11" in found["dies"][0].note and "3 s" in found["hangs"][0].note
+    assert "signal 11" in found["dies"][0].note
+    assert (
+        "had not ended after 60 s; python -m fastpoem.doctor --check-seconds gives it longer" in found["hangs"][0].note
+    )
+
+    # Each has its own time, what it compiles has five times as much, and what comes then has its own again.
+    names = [
+        "one runs50",
+        "two runs50 runs50",
+        "three compiles250 runs50",
+        "four compiles310",
+        "five compiles250 runs70",
+    ]
+    found = dict(apart.in_a_process(CPU, names))
+    assert [name for name in names if not right(found[name])] == [names[1], names[3], names[4]]
+    assert "300 s" in found[names[3]][0].note and "60 s" in found[names[4]][0].note
+    assert right(dict(apart.in_a_process(CPU, names[1:2], seconds=110))[names[1]])
     found = dict(apart.in_a_process(CPU, ["unwilling", "unwilling too"]))
     assert all(r.note.startswith(apart.NOT_BEGUN) and "busy" in r.note for some in found.values() for r in some)
 
@@ -550,20 +602,48 @@ def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
             raise Stopped(15)
 
     monkeypatch.setattr(apart, "ask", ask)
-    begin = time.monotonic()
     with pytest.raises(Stopped):
         list(apart.in_a_process(CPU, ["hangs"]))
-    assert time.monotonic() - begin < 50  # of the minute that it hangs: who waits is asked, and the process ended
     monkeypatch.undo()
     monkeypatch.setattr(apart.sys, "executable", str(tmp_path / "none"))
     assert not right(dict(apart.in_a_process(CPU, ["good"]))["good"])
+
+
+def test_the_cheapest_checks_come_first(monkeypatch):
+    asked = []
+    monkeypatch.setattr(apart, "_one_process", lambda device, names, seconds: asked.append([*names]) or ({}, None, ""))
+    names = examine._checks(CUDA, torch.bfloat16, None, quick=False, packs=True)[0]
+    list(apart.in_a_process(CUDA, names[::-1]))
+    pieces = [name.split()[0] for name in asked[0]]
+    compiled = [name for name in asked[0] if "compiled" in name.split()]
+    assert pieces[:2] == ["kernels", "attention"] and "replay" in pieces[: -len(compiled)]
+    assert asked[0][-len(compiled) :] == compiled and all("full" in name for name in compiled[-2:])
+
+
+def test_a_process_of_checks_says_when_it_compiles(monkeypatch, capsys):
+    """And nothing where checks are run in one's own."""
+    told = []
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    monkeypatch.setattr(checks, "compiled_pieces", lambda model, backend: Pieces(model))
+    monkeypatch.setattr(checks, "tell", told.append)
+    checks.main(["cpu", "compiled float32"])
+    monkeypatch.undo()
+    assert [next(iter(one.items())) for one in told][:3] == [
+        ("begins", "compiled float32"),
+        ("compiles", True),
+        ("compiles", False),
+    ]
+    assert told[-1]["check"] == "compiled float32" and len(told) == 4
+    checks.tell({"compiles": True})
+    assert capsys.readouterr().out == ""
 
 
 def test_the_process_of_checks_is_the_real_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PYTHONPATH", raising=False)
     found = dict(apart.in_a_process(CPU, ["nonsense float32", "attention float32 packed"]))
-    assert [len(found[name]) for name in found] == [1, 2] and right(found["attention float32 packed"])
+    assert {name: len(some) for name, some in found.items()} == {"attention float32 packed": 2, "nonsense float32": 1}
+    assert right(found["attention float32 packed"])
     assert found["nonsense float32"][0].note == "KeyError: 'nonsense'"
 
 
@@ -572,7 +652,7 @@ def test_the_process_of_checks_is_the_real_one(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small_doctor(monkeypatch):
-    """The doctor with a small model and small products."""
+    """The doctor with a small model and no products, which it returns."""
     for name in ("train", "notebook"):
         monkeypatch.setattr(trial, name, functools.partial(getattr(trial, name), shape=GPT2Config(120, 512, 32, 1, 2)))
     monkeypatch.setattr(checks, "SMALL", TINY)
@@ -580,6 +660,9 @@ def small_doctor(monkeypatch):
     few = lambda device, rows, vocabulary, parameters, **kinds: check(device, 40, vocabulary, 6000, **kinds)
     monkeypatch.setattr(checks.kernel_check, "check", few)
     monkeypatch.setattr(machine, "seconds", lambda device, run: (run(), 1e-3)[1])
+    products = machine.rates
+    monkeypatch.setattr(machine, "rates", lambda device: {"copy_gb_s": 9.0, "fp32_tflop_s": 0.1})
+    return products
 
 
 KEYS = {
@@ -588,7 +671,8 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_the_doctor_speaks_json(small_doctor, capsys):
+def test_the_doctor_speaks_json(small_doctor, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "rates", small_doctor)
     code = doctor.main(["--device", "cpu", "--json"])
     out = capsys.readouterr().out
     report = json.loads(out)
@@ -617,6 +701,22 @@ def test_the_doctor_speaks_to_a_person(small_doctor, capsys):
     assert "checking kernels, attention, replay" in err
 
 
+def test_a_gpu_that_is_not_used_is_said(small_doctor, capsys, monkeypatch):
+    """nvidia-smi finds one, PyTorch does not."""
+    if torch.cuda.is_available():
+        pytest.skip("said of a machine whose GPU PyTorch cannot use")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for memory in ("900, 1024", "[N/A], [N/A]"):  # of one that shares the machine's
+        smi = lambda command, memory=memory, **options: SimpleNamespace(stdout=f"GPU-abc, {memory}\n")
+        monkeypatch.setattr(cards, "subprocess", SimpleNamespace(run=smi, SubprocessError=subprocess.SubprocessError))
+        assert cards.idle().startswith("there is a GPU, but it is not used: ")
+    monkeypatch.setattr(examine, "_checks", lambda *_: ([], []))
+    assert doctor.main(["--quick"]) == 0
+    out, err = capsys.readouterr()
+    assert " ".join(out.split()).count("there is a GPU, but it is not used: ") == 1
+    assert err.count("there is a GPU, but it is not used: ") == 1
+
+
 @pytest.mark.parametrize("fault", ["check", "trial"])
 def test_what_is_wrong_is_exit_code_1(small_doctor, fault, capsys, monkeypatch):
     def broken(*_, **__):
@@ -637,7 +737,14 @@ def test_what_is_wrong_is_exit_code_1(small_doctor, fault, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--device", "cuda:99"], "cuda:99: "), (["--devise", "cpu"], "did you mean --device")],
+    [
+        (["--device", "cuda:99"], "cuda:99: "),
+        (["--devise", "cpu"], "did you mean --device"),
+        *(
+            (["--check-seconds", wrong], f"--check-seconds {wrong}: out of range")
+            for wrong in ("0", "-1", "nan", "inf")
+        ),
+    ],
 )
 def test_the_users_mistakes_are_exit_code_2(arguments, words):
     done = subprocess.run(

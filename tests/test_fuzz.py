@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpoem.cli import parse
@@ -22,7 +22,7 @@ from fastpoem.run.loop import check_state
 from fastpoem.run.metrics import Mark, Metrics
 from tests.runs import tiny_model
 
-often = settings(deadline=2000, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+often = settings(max_examples=200)
 values = st.recursive(
     st.none()
     | st.booleans()
@@ -252,7 +252,7 @@ for folder in map(Path, sys.argv[1:]):
         print("refused")
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code, str(tmp_path / "a"), str(tmp_path / "b")], capture_output=True, text=True, timeout=600,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (2 << 30, 2 << 30)),
     )  # fmt: skip
     assert done.stdout == "refused\nrefused\n", done.stderr

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastpoem_kernels import cross_entropy, plain
 from fastpoem_kernels.check import hard_batch
 from fastpoem_kernels.dispatch import INTERPRETED
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 compiled_form_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not run under torch.compile")
@@ -63,13 +63,15 @@ def agree(logits, target, ignore_index=-100):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(16, 1000), (5, 21128), (40, 7), (3, 1024), (3, 1025), (9, 1)])
+@pytest.mark.parametrize(
+    "shape", [(16, 1000), (5, 21128), (12 if INTERPRETED else 40, 7), (3, 1024), (3, 1025), (9, 1)]
+)
 def test_equals_pytorch_in_float64(shape, dtype):
-    for seed in range(3):
+    for seed in range(1 if INTERPRETED else 3):
         agree(*hard_batch(*shape, dtype, seed=seed))
 
 
-@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15 if INTERPRETED else 40)
 @given(
     rows=st.integers(0, 9), vocabulary=st.integers(1, 70), seed=st.integers(0, 2**30), spread=st.sampled_from([0.1, 3, 40]),
     dtype=st.sampled_from(DTYPES), ignore_index=st.sampled_from([-100, 0, 3]),
@@ -391,7 +393,7 @@ def test_a_vocabulary_beyond_one_block(vocabulary, dtype, monkeypatch):
 
     monkeypatch.setattr(loss_triton, "WHOLE_ROW", 32)
     monkeypatch.setattr(loss_triton, "LOOP_BLOCK", 64)
-    logits, target = hard_batch(24, vocabulary, dtype)
+    logits, target = hard_batch(8, vocabulary, dtype)
     agree(logits, target)
     logits = torch.full((3, vocabulary), -math.inf, dtype=dtype)
     logits[:, -1] = logits[1, 0] = 1.0  # whole blocks of nothing; a tie across blocks
@@ -413,9 +415,9 @@ def test_a_scale_multiplies_the_gradient_and_not_the_loss(form, dtype):
 
 @pytest.mark.parametrize("form", [cross_entropy, plain.cross_entropy])
 def test_small_gradients_of_float16_survive_by_the_scale(form):
-    """p / N of an unlikely id is 3e-9, which float16 rounds to zero unless the scale is in it when it is formed."""
-    logits, target = torch.zeros(1000, 33, dtype=torch.float16), torch.zeros(1000, dtype=torch.int64)
-    logits[:, 0] = 12.0
+    """p / N of an unlikely id is 8e-9, which float16 rounds to zero unless the scale is in it when it is formed."""
+    logits, target = torch.zeros(100, 33, dtype=torch.float16), torch.zeros(100, dtype=torch.int64)
+    logits[:, 0] = 14.0
     left = []
     for scale in (None, torch.tensor(65536.0)):
         source, made = produced(logits)

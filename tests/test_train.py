@@ -62,10 +62,10 @@ def test_notebook_recipe_at_the_full_shape(shared_poems, shared_model, tmp_path)
     hub.save_folder(
         model, weights.state_dict(), raw, [shared_model / "vocab.txt", shared_model / "tokenizer_config.json"]
     )
-    lines = [line for line in notebook.Poems(shared_poems, 4000).lines if len(line) <= 32][:16]
+    lines = [line for line in notebook.Poems(shared_poems, 4000).lines if len(line) <= 32][:6]
     data = tmp_path / "short.txt"
     data.write_text("\n".join(lines), encoding="utf-8")
-    assert_like_the_notebook(data, model, tmp_path, 4, batch_size=4)
+    assert_like_the_notebook(data, model, tmp_path, 3, batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,15 @@
 """`python -m fastpoem.doctor`: what this machine is, whether what training would use is right on it, and how long training will take.
 
 `--json` prints one object: `schema` 1, `ok`, `machine`, `versions`, `compiler` (what is missing, or null), `checks` (records), `skipped`
-(`name`, `reason`), `memory` and `rates` (bytes, GB/s, TFLOP/s; `peak_…` null where the card's are not known), `trials`, `notebook` (null
-where it was not run), `uses`, `sentence`. Times in the key's own unit. Exit code 0: what training will use is right; 1: a check failed.
+(`name`, `reason`), `memory` (bytes, and how PyTorch's allocator takes them), `rates` (GB/s, TFLOP/s; `peak_…` null where the card's are not
+known), `trials`, `notebook` (null where it was not run), `uses`, `sentence`. Times in the key's own unit. Exit code 0: what training will
+use is right; 1: a check failed.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ class DoctorConfig:
     """auto, cpu, cuda or cuda:N."""
     quick: bool = False
     """Small models only, three steps instead of ten on a GPU, and no comparison with the notebook's loop."""
+    check_seconds: float = 60.0
+    """How long a check may take on a GPU before it is ended and counts as failed; five times as long where it compiles the model."""
     cache_dir: str | None = None
     """As of training: where it is kept what was checked and compiled."""
     json: bool = False
@@ -34,6 +38,8 @@ class DoctorConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DoctorConfig, argv, prog=prog("doctor"))
+    if not 0 < config.check_seconds < math.inf:
+        raise InputError(f"--check-seconds {config.check_seconds:g}", "out of range", "give seconds, more than 0")
     signals.imported("numpy", "torch", "fastpoem.doctor.examine")
     from fastpoem.doctor.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.compile import keep_caches_in
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = choose_device(config.device, say)
     if device.type == "mps":
         raise InputError("--device mps", "there are no checks for it yet", "use --device cpu")
-    report = examine(device, quick=config.quick, say=say)
+    report = examine(device, quick=config.quick, say=say, seconds=config.check_seconds)
     if config.json:
         print(json.dumps(report, ensure_ascii=False, allow_nan=False))
     else:
@@ -77,11 +83,17 @@ def show(report: dict[str, Any]) -> None:
     facts.add_row(
         "device", f"{about['device']}: {about['name']}" + (f", compute capability {capability}" if capability else "")
     )
+    if about["unused_gpu"]:
+        facts.add_row("GPU", about["unused_gpu"])
     facts.add_row("CPU", f"{about['cpu']}, {about['cpu_threads']} threads, {' '.join(about['cpu_instructions'])}")
     facts.add_row("versions", ", ".join(f"{name} {number}" for name, number in report["versions"].items() if number))
     facts.add_row("compiler", report["compiler"] or "there")
     taken = f", a step of 16 takes {memory['step'] / 2**30:.1f}" if memory["step"] else ""
     facts.add_row("memory", f"{memory['free'] / 2**30:,.1f} of {memory['total'] / 2**30:,.1f} GiB free{taken}")
+    if about["capability"]:
+        grows = {None: "not known", True: "on", False: "off"}[memory["expandable_segments"]]
+        asked = memory["allocator"] or "PYTORCH_ALLOC_CONF is not set"
+        facts.add_row("allocator", f"expandable segments {grows} ({asked})")
     for name, key, top, unit in (
         ("copy", "copy_gb_s", "peak_memory_gb_s", "GB/s"),
         ("fp32 products", "fp32_tflop_s", "peak_fp32_tflop_s", "TFLOP/s"),

@@ -63,6 +63,14 @@ def wanted(dtype: torch.dtype, *, vocabulary: int, packed: bool, compiles: bool,
     return names + ([f"replay {kind}{forms_of} compiled"] if graphs and compiles else [])
 
 
+def cost(name: str) -> tuple[bool, bool, int]:
+    """By which checks are sorted, the cheapest first: what compiles a model takes far longer than the rest, the real model the longest; and
+    `kernels` comes before what trains with them."""
+    piece, *more = name.split()
+    order = {"kernels": 0, "attention": 1}
+    return "full" in more, "compiled" in (piece, *more), order.get(piece, 2)
+
+
 def with_kernels(names: Sequence[str], failed: Mapping[str, Iterable[str]]) -> list[str]:
     """The same checks, those that train without the kernels that failed: one broken kernel must not cost graphs and compiler too.
 
@@ -184,12 +192,14 @@ def _begin_scale(optimizer: FlatAdamW) -> None:
 
 def compile_step(step: TrainStep, rows: Sequence[Rows], backend: str | None = None, combined: bool = True) -> None:
     """Compile the step and warm it up. A CPU, where training does not compile, gets the front half of the compiler."""
+    tell({"compiles": True})
     step.pieces = compiled_pieces(
         step.optimizer.module, backend or ("inductor" if step.device.type == "cuda" else "aot_eager"), combined
     )
     for shape in one_of_each_form([one.shape for one in rows]):
         with step.rehearsal(shape):
             step.work(shape)
+    tell({"compiles": False})
 
 
 def train(step: TrainStep, rows: Sequence[Rows], begin: Tensor | None = None, gradient: bool = False) -> Trace:
@@ -324,6 +334,12 @@ def _worst_gradient(mine: Trace, exact: Trace) -> float:
 # A process of their own
 
 
+def tell(news: Mapping[str, Any]) -> None:
+    """A line of JSON (Python's, which has NaN) for `fastpoem.doctor.apart`, where this is its process."""
+    if __name__ == "__main__":
+        print(json.dumps(news), flush=True)
+
+
 def as_json(record: Record) -> dict[str, Any]:
     """A record for machines: numbers that are not finite become null, which JSON can say."""
     plain = dataclasses.asdict(record)
@@ -331,15 +347,15 @@ def as_json(record: Record) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """DEVICE NAME…: a line of JSON (Python's, which has NaN) for each check begun and each one's records. Ends after the first check that
-    fails: what it has done to the CUDA context must not be held against the next."""
+    """DEVICE NAME…: tells of each check begun, of when it compiles, and each one's records. Ends after the first check that fails: what it
+    has done to the CUDA context must not be held against the next."""
     device = choose_device(arguments[0])
     if device.type == "cuda":
         torch.zeros((), device=device)
     for name in arguments[1:]:
-        print(json.dumps({"begins": name}), flush=True)
+        tell({"begins": name})
         records = run(name, device)
-        print(json.dumps({"check": name, "records": [dataclasses.asdict(record) for record in records]}), flush=True)
+        tell({"check": name, "records": [dataclasses.asdict(record) for record in records]})
         if not all(record.ok for record in records):
             return
 

@@ -14,7 +14,7 @@ from fastpoem_kernels.check import Record
 
 from fastpoem.config import TrainConfig
 from fastpoem.doctor import checks, machine, trial, trust, verdicts
-from fastpoem.doctor.apart import in_a_process
+from fastpoem.doctor.apart import SECONDS, in_a_process
 from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.memory import keep_freed_memory
@@ -23,11 +23,12 @@ from fastpoem.model.flash import why_not_flash
 from fastpoem.signals import ask
 
 HEAD_WIDTH = checks.REAL.n_embd // checks.REAL.n_head
-PIECES = ("kernels", "attention", "compiled", "replay")
 
 
-def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    """The report, as `--json` has it."""
+def examine(
+    device: torch.device, *, quick: bool, say: Callable[[str], None], seconds: float = SECONDS
+) -> dict[str, Any]:
+    """The report, as `--json` has it. seconds: what a check may take on a GPU (`in_a_process`)."""
     gpu = device.type == "cuda"
     if not gpu:
         keep_freed_memory()
@@ -44,7 +45,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         while names:
             # on a CPU nothing that fails can spoil the process
             here = ((name, checks.run(name, device)) for name in names)
-            for name, records in in_a_process(device, names) if gpu else here:
+            for name, records in in_a_process(device, names, seconds) if gpu else here:
                 ask()
                 found[name] = records
                 for record in records:
@@ -125,7 +126,7 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
         "compiler": compiler,
         "checks": [checks.as_json(record) for record in records],
         "skipped": skipped,
-        "memory": {**free, "step": mine.peak_bytes},
+        "memory": {**free, "step": mine.peak_bytes, **machine.allocator(device)},
         "rates": rates,
         "trials": [dataclasses.asdict(one) for one in trials],
         "notebook": notebook and dataclasses.asdict(notebook),
@@ -150,7 +151,7 @@ def _checks(
         usual = (one, packed) == (dtype, packs)
         names += checks.wanted(one, compiles=compiles and usual, **uses)
         rest += checks.wanted(one, compiles=compiles, **uses)
-    names = sorted(dict.fromkeys(names), key=lambda name: PIECES.index(name.split()[0]))
+    names = sorted(dict.fromkeys(names), key=checks.cost)
     if not gpu:
         return names, [{"name": "compiled", "reason": "training on a CPU does not compile"}]
     if compiler is not None:

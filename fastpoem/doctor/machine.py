@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastpoem.engine import cards
+
 
 class Peak(NamedTuple):
     """Published, dense: TFLOP/s of 16-bit products (the same for bf16 and fp16, where there are both) and of fp32 ones outside the matrix
@@ -88,6 +90,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         if torch.cuda.is_available()
         else [],
+        "unused_gpu": None if torch.cuda.is_available() else cards.idle(),
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -115,6 +118,19 @@ def memory(device: torch.device) -> dict[str, int]:
         return {"free": free, "total": total}
     page = os.sysconf("SC_PAGE_SIZE")
     return {"free": page * os.sysconf("SC_AVPHYS_PAGES"), "total": page * os.sysconf("SC_PHYS_PAGES")}
+
+
+def allocator(device: torch.device) -> dict[str, Any]:
+    """expandable_segments: whether PyTorch's allocator maps pages into segments that grow (None: none of CUDA's); what the environment asks
+    of it, in the name that PyTorch reads first."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    asked = next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), None)
+    grows = None
+    if device.type == "cuda":
+        with contextlib.suppress(RuntimeError, AttributeError, KeyError):
+            torch.cuda.init()
+            grows = bool(torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"])
+    return {"expandable_segments": grows, "allocator": asked}
 
 
 def rates(device: torch.device) -> dict[str, float]:

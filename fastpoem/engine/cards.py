@@ -32,11 +32,18 @@ class Card(NamedTuple):
 def cards() -> list[Card]:
     """In no order of CUDA's. None where there is no driver, or it does not answer."""
     try:
-        told = subprocess.run(SMI, capture_output=True, text=True, errors="replace", timeout=20, check=True).stdout
-        fields = [[part.strip() for part in line.split(",")] for line in told.splitlines()]
-        return [Card(uuid.removeprefix("GPU-"), int(free), int(total)) for uuid, free, total in fields]
-    except (OSError, ValueError, subprocess.SubprocessError):
+        return [Card(uuid.removeprefix("GPU-"), int(free), int(total)) for uuid, free, total in _asked()]
+    except ValueError:  # a card that shares the machine's memory has none of its own: [N/A]
         return []
+
+
+def _asked() -> list[list[str]]:
+    """The fields of each line that nvidia-smi says; none where it is not there, or fails."""
+    try:
+        told = subprocess.run(SMI, capture_output=True, text=True, errors="replace", timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[part.strip() for part in line.split(",")] for line in told.splitlines() if line.strip()]
 
 
 def most_free(count: int, say: Callable[[str], None]) -> int:
@@ -56,9 +63,12 @@ def most_free(count: int, say: Callable[[str], None]) -> int:
     return best
 
 
-def is_idle() -> bool:
-    """Has this machine a GPU that nobody told CUDA to leave alone? Asked where PyTorch has none."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in NONE_WANTED and _is_there()
+def idle() -> str | None:
+    """Why a GPU that is in this machine, and that nobody told CUDA to leave alone, is not used; None where there is none such. Asked where
+    PyTorch has no CUDA device."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in NONE_WANTED or not _is_there():
+        return None
+    return f"there is a GPU, but it is not used: {'; '.join(why_no_cuda())}"
 
 
 def why_no_cuda() -> tuple[str, str]:
@@ -81,4 +91,4 @@ def why_no_cuda() -> tuple[str, str]:
 
 
 def _is_there() -> bool:
-    return Path("/dev/nvidia0").exists() or bool(cards())
+    return Path("/dev/nvidia0").exists() or bool(_asked())

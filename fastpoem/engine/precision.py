@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -35,7 +36,9 @@ def choose_device(wanted: str, say: Callable[[str], None] = lambda line: None) -
         raise InputError(f"--device {wanted}", "no such kind of device", "use auto, cpu, cuda, cuda:N or mps")
     if wanted == "cpu":
         return torch.device("cpu")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a driver that is too old: `cards` says it in a line
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     there = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
     if wanted == "mps":
         if not torch.backends.mps.is_available():
@@ -46,8 +49,8 @@ def choose_device(wanted: str, say: Callable[[str], None] = lambda line: None) -
         return torch.device("mps")
     if not count:
         if wanted == "auto":
-            if cards.is_idle():
-                say(f"training on the CPU although there is a GPU: {'; '.join(cards.why_no_cuda())}")
+            if idle := cards.idle():
+                say(idle)
             return torch.device("cpu")
         reason, mend = cards.why_no_cuda()
         raise InputError(f"--device {wanted}", reason, f"{mend}, or use --device cpu")

@@ -36,7 +36,7 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
     from fastpoem.engine.precision import choose_device
     from fastpoem.generation.write import write
 
-    with _memory_named(device := choose_device(config.device)):
+    with _memory_named(device := choose_device(config.device, say or _say)):
         ready = _ready(config, device, say or _say)
         for number, ids in enumerate(write(ready.model, ready.begun, ready.seed, config, **ready.bounds)):
             yield ready.poem(number // config.count, ids)
@@ -49,7 +49,7 @@ def growing(config: GenerateConfig, say: Callable[[str], None] | None = None) ->
     from fastpoem.engine.precision import choose_device
     from fastpoem.generation.write import growing as written
 
-    with _memory_named(device := choose_device(config.device)):
+    with _memory_named(device := choose_device(config.device, say or _say)):
         ready = _ready(config, device, say or _say)
         for number, ids in written(ready.model, ready.begun, ready.seed, config, **ready.bounds):
             yield number, ready.poem(number // config.count, ids)

@@ -2,12 +2,16 @@
 
 import itertools
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 from conftest import TRAIN, UNCOVERED, assert_sound, rows
 from fastpoem_kernels.check import Record
+from pretend import environment
 from safetensors.torch import load_file
 
 from benchmarks.budget import NODES, PACKING
@@ -196,12 +200,14 @@ def test_the_doctor_trains_for_a_moment_in_every_form(command, capsys):
     assert report["ok"] and report["checks"] == [] and "kernels 21128" in {one["name"] for one in report["skipped"]}
     assert [one["form"] for one in report["trials"]] == ["plain", "graphs", "compiled", "compiled + graphs"]
     assert all(one["step_ms"] is not None and one["peak_bytes"] > 1 << 30 for one in report["trials"])
+    assert report["memory"]["expandable_segments"] is False and report["machine"]["unused_gpu"] is None
     assert report["machine"]["capability"] == [9, 0] and report["uses"]["graphs"] and report["uses"]["compile"]
     assert len(outcome.log.captures) == 4  # packed batches of two sizes in two forms
     assert outcome.log.captures[-1].nodes == NODES + PACKING  # as docs/performance.md has it
     assert any("triton_" in entry.words[1] for entry in outcome.log.entries if entry.letter == "L")
     doctor.show(report)
     said = capsys.readouterr().out
+    assert "expandable segments off (PYTORCH_ALLOC_CONF is not set)" in said
     assert "FASTPOEM_ASSUME_CHECKED=1" in said and "compiled + graphs" in said and "H100 (pretend)" in said
 
 
@@ -213,7 +219,10 @@ def test_the_doctor_finds_this_card_ill(tmp_path, monkeypatch, capsys):
     names = ["kernels 21128", "attention bfloat16 packed", "compiled bfloat16", "replay bfloat16"]
     monkeypatch.setattr(examine, "_checks", lambda *_: (names, []))
     monkeypatch.setattr(trial, "train", lambda *_, **__: trial.Trial("plain", 1.0, 1.0, 1.0))
-    assert doctor.main(["--device", "cuda:0", "--quick", "--json"]) == 1
+    real, given = examine.in_a_process, []
+    monkeypatch.setattr(examine, "in_a_process", lambda *arguments: given.append(arguments[2]) or real(*arguments))
+    assert doctor.main(["--device", "cuda:0", "--quick", "--json", "--check-seconds", "400"]) == 1
+    assert {*given} == {400.0}
     report = json.loads(capsys.readouterr().out)
     assert not report["ok"] and "H100 (pretend)" in report["machine"]["name"] and report["sentence"]
     found = {record["name"]: record["ok"] for record in report["checks"]}
@@ -221,6 +230,47 @@ def test_the_doctor_finds_this_card_ill(tmp_path, monkeypatch, capsys):
     without = "plain-loss plain-update"
     assert {*names[1:2], f"{names[2]} {without}", f"{names[3]} {without}", "clipped_adamw float32"} <= {*found}
     assert [one["note"] for one in report["trials"]] == ["", *["failed its check"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "grows"),
+    [
+        ({}, False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, True),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, True),
+    ],
+)
+def test_the_doctor_shows_how_memory_is_taken(cache, asked, grows):
+    script = "import json, torch; from fastpoem.doctor import machine; print(json.dumps(machine.allocator(torch.device('cuda', 0))))"
+    variables = {name: value for name, value in os.environ.items() if not name.endswith("_ALLOC_CONF")}
+    variables |= environment(cache) | UNCOVERED | asked
+    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    words = [f"{name}={value}" for name, value in asked.items()]
+    assert json.loads(done.stdout) == {"expandable_segments": grows, "allocator": words[0] if words else None}
+
+
+def test_a_driver_that_is_too_old_is_a_line(command, tiny, tmp_path):
+    """nvidia-smi shows a card and PyTorch sees none: said once, by every command that would have taken it, and PyTorch's own warning is not."""
+    smi = tmp_path / "bin/nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text("#!/bin/sh\necho GPU-abc, 900, 1024\n")
+    smi.chmod(0o755)
+    old = {"FAKECUDA_DRIVER": "11040", "PATH": f"{smi.parent}:{os.environ['PATH']}", **UNCOVERED}
+    reason = f"PyTorch {torch.__version__}, made for CUDA 13.0, cannot use the GPU here (The NVIDIA driver on your system is too old (found version 11040)"
+    run, flags = tmp_path / "run", [*tiny[:-1]]
+    trained = command(TRAIN, *flags, "auto", "--out", run, "--max-steps", 1, extra=old)
+    poem = command("fastpoem.generate", "--model", run / "model", "--device", "auto", extra=old)
+    for outcome in (trained, poem):
+        assert outcome.code == 0 and "Warning" not in outcome.said, outcome.said
+        assert (
+            outcome.said.count(f"there is a GPU, but it is not used: {reason}") == outcome.said.count("too old") == 1
+        ), outcome.said
+    refused = command(TRAIN, *flags, "cuda", "--out", tmp_path / "no", extra=old)
+    assert (
+        refused.code == 2
+        and refused.said.startswith(f"fastpoem: --device cuda: {reason}")
+        and refused.said.count("\n") == 1
+    )
 
 
 def test_missing_tools_are_named_at_the_start(command, tiny, tmp_path):

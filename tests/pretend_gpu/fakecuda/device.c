@@ -48,9 +48,12 @@ static int attribute(int which) {
     return 0;
 }
 
+// FAKECUDA_DRIVER: the CUDA that the driver is for, as 11040 for 11.4. An older one than the runtime's does nothing for it.
+static const int runtime = 13000;
+static int driver(void) { return setting("FAKECUDA_DRIVER", runtime); }
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = device_count();
-    return OK;
+    *count = driver() < runtime ? 0 : device_count();
+    return driver() < runtime ? fail(cudaErrorInsufficientDriver) : OK;
 }
 cudaError_t cudaGetDevice(int* device) {
     *device = current;
@@ -59,10 +62,13 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int device) { return choose(device); }
 cudaError_t cudaInitDevice(int device, unsigned flags, unsigned more) { return OK; }
 cudaError_t cudaDriverGetVersion(int* version) {
-    *version = 13000;
+    *version = driver();
     return OK;
 }
-cudaError_t cudaRuntimeGetVersion(int* version) { return cudaDriverGetVersion(version); }
+cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = runtime;
+    return OK;
+}
 cudaError_t cudaDeviceGetAttribute(int* value, enum cudaDeviceAttr which, int device) {
     *value = attribute(which);
     return OK;
