@@ -88,7 +88,9 @@ def test_rhymes(poem, by_pingshui, by_xinyun):
         assert rhymes(poem, by) is (group is not None)
 
 
-@pytest.mark.parametrize("poem", ["", "春", TOWER[:12], TOWER[:18], "春来，秋龘龘。春去，秋。春来，秋\U0002f800。春去，秋天。"])
+@pytest.mark.parametrize(
+    "poem", ["", "春", TOWER[:12], TOWER[:18], "春来，秋龘龘。春去，秋。春来，秋\U0002f800。春去，秋天。"]
+)
 def test_rhymes_that_cannot_be_told(poem):
     assert rhymes(poem) is None and rhyme_of(poem) is None
 
@@ -98,14 +100,18 @@ def test_rhymes_that_cannot_be_told(poem):
 ])  # fmt: skip
 def test_tones_of_regulated_verse(poem, scheme):
     report = tones(poem)
-    assert report.scheme == scheme and [len(line) for line in report.lines] == [len(poem.split("，")[0])] * len(report.lines)
+    assert report.scheme == scheme and [len(line) for line in report.lines] == [len(poem.split("，")[0])] * len(
+        report.lines
+    )
     assert report.regulated, report.faults
 
 
 def test_a_tone_that_is_off_is_named():
     report = tones(TOWER.replace("河", "水"))
     assert report.faults == (Fault(2, 2, "水"),) and report.regulated is False
-    assert tones("渭城朝雨浥轻尘，客舍青青柳色新。劝君更尽一杯酒，西出阳关无故人。").regulated is False  # 失粘, as it is known for
+    assert (
+        tones("渭城朝雨浥轻尘，客舍青青柳色新。劝君更尽一杯酒，西出阳关无故人。").regulated is False
+    )  # 失粘, as it is known for
     assert tones("春来").regulated is None and tones("春来").lines == ("平平",)
     assert [tone_of(one) for one in "春水看𪚥"] == ["平", "仄", "中", "？"]
     assert [tone_of(one, XINYUN) for one in "白国"] == ["平", "平"] and tone_of("白") == "仄"

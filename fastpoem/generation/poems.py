@@ -105,7 +105,9 @@ def _ready(config: GenerateConfig, device: torch.device, say: Callable[[str], No
     speller = Speller(tokenizer.library, line_break)
     heard: list[str] = []  # said where nothing is refused
     form = None if config.form is None else form_named(config.form)
-    reader = Reader(model, tokenizer, speller, [*silent], conversion_of(folder), heard.append, full_marks=form is not None)
+    reader = Reader(
+        model, tokenizer, speller, [*silent], conversion_of(folder), heard.append, full_marks=form is not None
+    )
     constraint = None
     longest = min(config.max_length, shape.n_positions)
     if form is not None:
