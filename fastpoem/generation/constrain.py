@@ -24,7 +24,7 @@ from fastpoem.poetry.rhyme import Book, book, book_named
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_ONE = re.compile(f"[{HAN}]")
+_ONE = re.compile(f"(?![\uf900-\ufaff])[{HAN}]")  # compatibility forms are twins of others
 
 
 class Constraint:
