@@ -20,10 +20,11 @@ FLOORS = (
     "engine",
     "generation",
     "doctor",
+    "reporting",
     "run",
     "cli settings",
     "api",
-    "__init__ train prepare generate doctor.__main__",
+    "__init__ train prepare generate report doctor.__main__",
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 
