@@ -50,19 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     goal = _goal(config.out, folders[0], MARK)
     runs = [told(run.folder, name, run.metrics) for run, name in zip(found, names(folders), strict=True)]
     content = page(runs, speaker(config.lang)).encode("utf-8", "replace")
+    reason = png.why_not()
     try:
         goal.parent.mkdir(parents=True, exist_ok=True)
         made = goal.with_name(f".{goal.name}.partial")
         made.unlink(missing_ok=True)
         disk.write_bytes(made, content)
         os.replace(made, goal)
-        print(goal)
-        reason = png.why_not()
-        for path in png.pictures(runs, goal.with_suffix("")) if config.png and reason is None else ():
-            print(path)
+        pictures = png.pictures(runs, goal.with_suffix("")) if config.png and reason is None else []
     except OSError as error:
         mend = "name another place with --out"
         raise InputError(error.filename or goal, f"cannot be written ({error.strerror or error})", mend) from None
+    print(goal, *pictures, sep="\n")
     if config.png and reason is not None:
         print(f"fastpoem: no PNGs: {reason} ({png.MISSING})", file=sys.stderr)
     return 0

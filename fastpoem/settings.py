@@ -51,5 +51,6 @@ class Settings(TypedDict, total=False):
     save_every: int | None
     keep: int
     resume: bool
+    log_to: Data
     tensorboard: bool
     sample: str | None

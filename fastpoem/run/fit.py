@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +41,7 @@ from fastpoem.run.given import Given, order_of, take
 from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.metrics import Voice
 from fastpoem.run.opened import Run
+from fastpoem.run.trackers import check_installed
 from fastpoem.signals import StopRequest, ask
 
 WORDS = {"pack": "packed", "bucket": "of like length", "pad": "padded"}
@@ -91,12 +91,11 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     device = choose_device(config.device, voice.say)
     if device.type == "cpu":
         keep_freed_memory()
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard", "TensorBoard is not installed", "pip install 'fastpoem[curves]'")
+    check_installed(config.trackers)
     out = folder.choose(config)
-    if config.tensorboard and str(out).encode("utf-8", "replace").decode() != str(out):
+    if "tensorboard" in config.trackers and str(out).encode("utf-8", "replace").decode() != str(out):
         raise InputError(
-            "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave --tensorboard out"
+            "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave TensorBoard out"
         )
 
     ask()

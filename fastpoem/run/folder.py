@@ -47,7 +47,7 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "save_every",
     }
-    | {"keep", "tensorboard", "sample", "data", "model", "from_scratch", "val_data", "best", "patience"}
+    | {"keep", "log_to", "tensorboard", "sample", "data", "model", "from_scratch", "val_data", "best", "patience"}
 )
 IN_THE_STORE = frozenset(
     {"max_length", "convert", "buckets", "field", "line_break", "clean", "whole"}
