@@ -75,7 +75,7 @@ def about(run: Told, say: Say) -> str:
         parts.append(say("{poems} poems from {name}").format(poems=f"{poems:,}", name=name))
     shape = part(run.config, "model")
     if {"n_layer", "n_embd"} <= shape.keys():
-        parts.append(say("{layers} layers, {width} wide").format(layers=shape["n_layer"], width=shape["n_embd"]))
+        parts.append(say("{layers}-layer model, {width} wide").format(layers=shape["n_layer"], width=shape["n_embd"]))
     parts += [str(run.config[name]) for name in ("device", "dtype") if run.config.get(name)]
     return " · ".join(parts)
 
@@ -156,7 +156,7 @@ def _left(run: Told, say: Say) -> str:
     rows = [row for row in run.steps if number(row.get("seconds")) is not None][-11:]
     if run.state != "training" or run.planned is None or len(rows) < 2:
         return say("setting up excluded")
-    pace = (rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
+    pace = (rows[-1]["seconds"] - rows[0]["seconds"]) / max(1, rows[-1]["step"] - rows[0]["step"])
     return say("about {time} left").format(time=duration(pace * max(0, run.planned - run.done)))
 
 

@@ -17,7 +17,7 @@ from fastpoem.reporting import compare, svg
 from fastpoem.reporting.charts import Chart, along, axes, charts, legend, time_unit, written
 from fastpoem.reporting.lengths import lengths
 from fastpoem.reporting.poems import poems
-from fastpoem.reporting.told import Told, last
+from fastpoem.reporting.told import Told, last, number
 from fastpoem.reporting.words import Say
 from fastpoem.version import __version__
 
@@ -81,8 +81,8 @@ def _notes(runs: Sequence[Told], say: Say) -> str:
     lines = list[str]()
     for run in runs:
         said = [_translated(note, say) for note in run.notes]
-        skipped = sum(row.get("skipped") or 0 for row in run.epochs)
-        skipped = skipped or sum(row.get("skipped") or 0 for row in run.steps)
+        counted = [sum(number(row.get("skipped")) or 0 for row in rows) for rows in (run.epochs, run.steps)]
+        skipped = max(counted)  # the rows of the epoch that has not ended are in the second only
         if skipped == 1:
             said.append(say("one step was skipped: its loss or gradient was not finite"))
         elif skipped:

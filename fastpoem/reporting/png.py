@@ -77,6 +77,8 @@ def draw(place: Any, one: Chart, runs: Sequence[Told]) -> None:
             named.add(line.run)
             label = plain[line.run]
         style = STYLES.get(line.style, {"linewidth": 1.8})
+        if len(points) == 1:
+            style = {**style, "marker": "o", "markerfacecolor": "white" if line.style == "dashed" else None}
         place.plot(*zip(*points, strict=True), color=svg.colour(line.run), label=label, **style)
     if one.log:
         place.set_yscale("log")

@@ -100,7 +100,7 @@ def bars(
     """Poems by length. counts: (length, poems, bucket), ascending."""
     first, final = counts[0][0], counts[-1][0]
     most = max(poems for _, poems, _ in counts)
-    x, y = (first - 1.5, final + 1.5), (0.0, most * 1.14)
+    x, y = (first - 1.5, final + 1.5), (0.0, most * 1.2)
     across, up = frame(x, y)
     wide = max(1.0, min(14.0, 0.82 * (across(1) - across(0))))
     parts = [opened(title, ident), axes(x, y, x_label=x_label, y_label=y_label, whole=True)]
@@ -112,10 +112,11 @@ def bars(
         )
     taller = list[float]()  # a label stands over its own bar and beside every taller one
     for length, poems, _ in sorted(counts, key=lambda one: -one[1]):
-        at = min(max(across(length), LEFT + 26), WIDTH - RIGHT - 26)
-        if poems >= 0.04 * total and all(abs(at - other) > 54 for other in taller):
-            share = f"{length}: {poems / total:.0%}"
-            parts.append(f'<text class="l" x="{at:.1f}" y="{up(poems) - 5:.1f}" text-anchor="middle">{share}</text>')
+        at = min(max(across(length), LEFT + 15), WIDTH - RIGHT - 15)
+        if poems >= 0.04 * total and all(abs(at - other) > 32 for other in taller):
+            top = up(poems) - 5
+            parts.append(f'<text class="l" x="{at:.1f}" y="{top - 14:.1f}" text-anchor="middle">{length}</text>')
+            parts.append(f'<text class="t" x="{at:.1f}" y="{top:.1f}" text-anchor="middle">{poems / total:.0%}</text>')
         taller.append(across(length))
     return "".join([*parts, "</svg>"])
 

@@ -65,7 +65,7 @@ CHINESE = {
     "about {time} left": "约剩 {time}",
     "setting up excluded": "不含准备时间",
     "{poems} poems from {name}": "{name} 的 {poems} 首诗",
-    "{layers} layers, {width} wide": "{layers} 层，宽 {width}",
+    "{layers}-layer model, {width} wide": "{layers} 层，宽 {width}",
     "Poems": "诗",
     "poems": "诗（首）",
     "tokens in a poem, [CLS] and [SEP] counted": "每首诗的 token 数（含 [CLS] 和 [SEP]）",
