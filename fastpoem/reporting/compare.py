@@ -86,8 +86,12 @@ def settings(runs: Sequence[Told], say: Say) -> str:
     known = [one for one in flat if one] or flat  # a run whose config.json is damaged differs in nothing that is known
     names = [*dict.fromkeys(name for one in known for name in one)]
     default = {name: _shown(value) for name, value in dataclasses.asdict(TrainConfig()).items()}
-    differ = [name for name in names if len({one.get(name) for one in known}) > 1]
-    changed = [name for name in names if name not in differ and name in default and known[0][name] != default[name]]
+    differ = [name for name in names if len({one.get(name, "–") for one in known}) > 1]
+    changed = [
+        name
+        for name in names
+        if name not in differ and name in default and known[0].get(name, default[name]) != default[name]
+    ]
     rest = [name for name in names if name not in differ and name not in changed]
     parts = []
     if len(runs) > 1:

@@ -14,9 +14,9 @@ from fastpoem.reporting.words import Say
 SHOWN = 0.97  # of the poems: the longest few would press all others together
 
 BATCHES = {
-    "pack": "packed batches, without padding",
-    "bucket": "batches of like length, padded to their bucket",
-    "pad": "random batches, padded to their longest poem",
+    "pack": "packed, without padding",
+    "bucket": "of like length, padded to their bucket",
+    "pad": "random, padded to their longest poem",
 }
 
 
@@ -62,8 +62,8 @@ def _text(runs: Sequence[Told], index: int, say: Say, *, alone: bool) -> str:
     for run in runs:
         batches.setdefault(BATCHES.get(str(run.config.get("batching")), ""), []).append(run.name)
     for kind, mine in batches.items():
-        name = f"{escape(', '.join(mine))}: " if len(runs) > 1 else ""
-        notes.append(f"{name}{say(kind)}" if kind else "")
+        name = ", ".join(mine) if len(runs) > 1 else say("Batches")
+        notes.append(f"{escape(name)}: {say(kind)}" if kind else "")
     return (
         f'<div class="half"><figure><figcaption><b>{source}</b><span>{names}</span></figcaption>{picture}</figure>'
         f"<div><p>{'<br>'.join(filter(None, notes))}</p><details><summary>{say('Each bucket')}</summary>{_table(manifest, say)}</details></div></div>"

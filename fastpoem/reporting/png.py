@@ -84,7 +84,7 @@ def draw(place: Any, one: Chart, runs: Sequence[Told]) -> None:
         place.set_yscale("log")
     low, high = one.bounds()
     place.set_ylim(low, high)
-    place.set_xlim(0, max(point.step for line in one.lines for point in line.points))
+    place.set_xlim(0, 1.01 * max(point.step for line in one.lines for point in line.points))
     marks = ticks(low, high, log=one.log)
     place.set_yticks(marks, labels(marks, percent=one.percent))
     place.minorticks_off()

@@ -116,7 +116,7 @@ def bars(
         if poems >= 0.04 * total and all(abs(at - other) > 32 for other in taller):
             top = up(poems) - 5
             parts.append(f'<text class="l" x="{at:.1f}" y="{top - 14:.1f}" text-anchor="middle">{length}</text>')
-            parts.append(f'<text class="t" x="{at:.1f}" y="{top:.1f}" text-anchor="middle">{poems / total:.0%}</text>')
+            parts.append(f'<text class="h" x="{at:.1f}" y="{top:.1f}" text-anchor="middle">{poems / total:.0%}</text>')
         taller.append(across(length))
     return "".join([*parts, "</svg>"])
 
