@@ -19,7 +19,7 @@ PROG = "python -m fastpoem.report"
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Make one HTML page of one or several runs: their curves, lengths, poems and settings. RUN [RUN2 …] may stand alone in front."""
+    """Make one HTML page of one or several runs: their curves, lengths, poems and settings. RUN [RUN2 …] may stand alone."""
 
     runs: tuple[str, ...] = ()
     """Folders of runs, as --out of training named them."""
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pictures = png.pictures(runs, goal.with_suffix("")) if config.png and reason is None else []
     except OSError as error:
         mend = "name another place with --out"
-        raise InputError(error.filename or goal, f"cannot be written ({error.strerror or error})", mend) from None
+        raise InputError(goal, f"cannot be written ({error.strerror or error})", mend) from None
     print(goal, *pictures, sep="\n")
     if config.png and reason is not None:
         print(f"fastpoem: no PNGs: {reason} ({png.MISSING})", file=sys.stderr)
@@ -68,9 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _with_flag(args: list[str]) -> list[str]:
-    """The arguments with the runs that stand alone in front given as --runs."""
-    alone = next((index for index, arg in enumerate(args) if arg.startswith(("-", "–", "—"))), len(args))
-    return [*(["--runs"] if alone else []), *args]
+    """The arguments with the runs, which stand alone wherever they stand, given as --runs."""
+    runs, rest, before = list[str](), list[str](), ""
+    for arg in args:
+        if arg.startswith(("-", "–", "—")) or before in ("--out", "--lang"):
+            rest += [arg] * (arg != "--runs")
+        else:
+            runs.append(arg)
+        before = arg
+    return [*rest, *(["--runs", *runs] if runs else [])]
 
 
 def _goal(out: str | None, first: Path, mark: str) -> Path:

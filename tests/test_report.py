@@ -15,9 +15,10 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 import fastpoem
+from fastpoem.cli import parse
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
-from fastpoem.report import main
+from fastpoem.report import ReportConfig, _with_flag, main
 from fastpoem.reporting.charts import Point, charts, smoothed, thinned, ticks, written
 from fastpoem.reporting.told import names, told
 from fastpoem.reporting.words import CHINESE
@@ -114,6 +115,16 @@ def test_several_runs_beside_one_another(trained, tmp_path):
     shown = [text.index(f"<b>&lt;春&gt;</b>风{step}") for step in (14, 28, 42)]
     assert shown == sorted(shown) and "<春>" not in text
     assert not [*tmp_path.glob("*.png")]
+
+
+@pytest.mark.parametrize("args", [
+    ["a", "b", "--out", "x", "--no-png"],
+    ["--out", "x", "a", "b", "--no-png"],
+    ["--out=x", "a", "--no-png", "b"],
+    ["--no-png", "--runs", "a", "b", "--out", "x"],
+], ids=" ".join)  # fmt: skip
+def test_runs_stand_anywhere(args):
+    assert parse(ReportConfig, _with_flag(args)) == ReportConfig(("a", "b"), "x", png=False)
 
 
 def test_in_chinese(trained, tmp_path, monkeypatch):
