@@ -37,8 +37,8 @@ from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import evaluate
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
 CPU, BATCH = torch.device("cpu"), 16

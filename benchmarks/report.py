@@ -173,21 +173,21 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
         return axes
 
     def done() -> None:
-        plt.savefig(made[-1], dpi=110)
+        plt.savefig(made[-1], dpi=220)
         plt.close()
 
     if mine.get("throughput"):
-        axes = chart("throughput", "Poems a second, 59.5 M parameters", 2.6)
+        axes = chart("throughput", "Training throughput, 59.5 M parameters, batch size 16", 2.6)
         found = by_contender(mine["throughput"])
         for at, (name, turns) in enumerate(reversed(found.items())):
             axes.barh(at, rate(turns, "poems"), color=COLOURS[name])
             axes.plot([rate([turn], "poems") for turn in turns], [at] * len(turns), ".", color="black", markersize=3)
-            axes.annotate(
-                f"{rate(turns, 'poems'):.2f}", (rate(turns, "poems"), at + 0.28), fontsize=8, ha="right", va="center"
-            )
+            end = max(rate(turns, "poems"), *(rate([turn], "poems") for turn in turns))
+            axes.annotate(f"  {rate(turns, 'poems'):.2f}", (end, at), fontsize=8, va="center")
         names = [label(name, turns, every_turn(found)) for name, turns in found.items()]
         axes.set_yticks(range(len(names)), names[::-1])
-        axes.set_xlabel("bars: all turns; dots: each of them")
+        axes.set_xlabel("poems per second (bar: all turns; dots: each turn)")
+        axes.margins(x=0.1)
         done()
     if mine.get("curve"):
         axes = chart("loss", "Held-out loss against seconds of training, small model from random weights", 3.4)
@@ -198,7 +198,8 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
                 label=f"{name} ({turns[-1]['steps']} steps)",
                 color=COLOURS[name],
             )
-        axes.set_xlabel("seconds")
+        axes.set_xlabel("seconds of training")
+        axes.set_ylabel("held-out loss")
         axes.legend(frameon=False, fontsize=8)
         done()
     found_stages = {row["stage"]: row["seconds_median"] for row in mine.get("stage", [])}
@@ -208,7 +209,7 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
         for at, stage in enumerate(present[::-1]):
             axes.annotate(f" {pretty(found_stages[stage])}", (1e3 * found_stages[stage], at), fontsize=8, va="center")
         axes.margins(x=0.15)
-        axes.set_xlabel("ms")
+        axes.set_xlabel("milliseconds")
         done()
     return made
 

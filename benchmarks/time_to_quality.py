@@ -39,8 +39,8 @@ from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import evaluate
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
 CPU = torch.device("cpu")
@@ -189,7 +189,7 @@ def plot(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib import pyplot
 
     colours = dict(zip(CONTESTANTS, ("#b0b0b0", "#5b6f8f", "#c14a4a", "#d8a657"), strict=True))
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=110)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), dpi=220)
     for axis, start, title in zip(axes, TUNED, ("from scratch", "a trained model goes on"), strict=True):
         for key, points in runs.items():
             of, name, seed = key.split("/")

@@ -111,8 +111,8 @@ def open_store(job: dict[str, Any]) -> TokenStore:
 
 
 def run_fastpoem(job: dict[str, Any], turns: Turns) -> None:
+    from fastpoem.run.console import Voice
     from fastpoem.run.fit import assembled
-    from fastpoem.run.metrics import Voice
 
     places = {"data": job["data"], "model": job["model"], "out": f"{job['folder']}/run", "cache_dir": job["folder"]}
     precision = "fp32" if job["device"] == "cpu" else "auto"  # as the others compute

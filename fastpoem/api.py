@@ -6,7 +6,6 @@ The rooms below name settings as the command line does, since they do not know w
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import inspect
 import re
@@ -17,7 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fastpoem import signals
-from fastpoem.cli import kinds, read
+from fastpoem.cli import helps, kinds, read
 from fastpoem.config import TrainConfig, coerce, from_kwargs
 from fastpoem.errors import InputError
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 KINDS = kinds(TrainConfig)
 TRAIN = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("numpy", "torch", "tokenizers", "fastpoem.run.console", "fastpoem.doctor.trust", "fastpoem.run.fit")
 NOT_GIVEN: Any = ()
 
 
@@ -50,10 +49,10 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
             given: dict[str, Any] = {} if data is NOT_GIVEN else {"data": data}
             config = configured(**given, **settings)
             signals.imported(*SLOW)
+            from fastpoem.run.console import Voice
             from fastpoem.run.fit import fit as run_fit
-            from fastpoem.run.metrics import Voice
 
-            run = run_fit(config, voice := Voice())
+            run = run_fit(config, voice := Voice(config.quiet, config.lang))
             if run.stopped_by is not None:
                 again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
                 by = signal.Signals(run.stopped_by).name
@@ -143,12 +142,7 @@ def _signature() -> inspect.Signature:
 def _help() -> str:
     """What fit does, and each setting's help, which stands below it in the source."""
     lines = [inspect.cleandoc(fit.__doc__ or ""), ""]
-    with contextlib.suppress(OSError, TypeError, SyntaxError):
-        (tree,) = ast.parse(inspect.getsource(TrainConfig)).body
-        assert isinstance(tree, ast.ClassDef)
-        for one, after in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
-                lines.append(f"{one.target.id}: {' '.join(str(ast.literal_eval(after.value)).split())}")
+    lines += [f"{name}: {text}" for name, text in helps(TrainConfig).items()]
     return "\n".join(lines)
 
 

@@ -7,15 +7,17 @@ and the mend, where a library would speak of its own parser; and a wrong flag sh
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from fastpoem import signals
 from fastpoem.config import OTHER_NAMES
@@ -49,6 +51,20 @@ def begin() -> None:
     signals.listen(command=True)
 
 
+_called: str | None = None  # the one command that this process was called by, where it was that
+
+
+def called(name: str) -> None:
+    """From here on commands are named as those of the one command `name`."""
+    global _called
+    _called = name
+
+
+def prog(command: str) -> str:
+    """How a command is called, as this process was: `fastpoem train` or `python -m fastpoem.train`."""
+    return f"{_called} {command}" if _called else f"python -m fastpoem.{command}"
+
+
 def kinds(cls: type) -> dict[str, Kind]:
     """The kind of each field of a dataclass whose annotations are those that `Kind` can say."""
     from types import NoneType
@@ -70,19 +86,25 @@ def kinds(cls: type) -> dict[str, Kind]:
 
 
 def parse(
-    cls: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None, default: Config | None = None
+    cls: type[Config],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    default: Config | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> Config:
     """Read `cls` (a dataclass) from the command line; what is not given is as in `default`. `-` and `_` in flags are the user's choice.
 
     Raises InputError for an unknown flag (naming the nearest known one), a missing or a repeated one, or a value that does not parse.
-    `--help` prints and exits 0.
+    `--help` prints and exits 0. groups: title -> names of its fields, with "" for those that no other group has.
     """
     args = [*(sys.argv[1:] if argv is None else argv)]
     if any(arg in HELP for arg in args):
         import tyro
 
         signals.ask()
-        tyro.cli(cls, args=["--help"], prog=prog, description=cls.__doc__, default=default)
+        shown, about = (cls, default) if groups is None else (_grouped(cls, default, groups), None)
+        tyro.cli(shown, args=["--help"], prog=prog, description=cls.__doc__, default=about)
     given = read(cls, args)
     if default is not None:
         return dataclasses.replace(default, **given)  # type: ignore[type-var]
@@ -90,6 +112,46 @@ def parse(
     if missing := [name for name in needed if name not in given]:
         raise InputError(", ".join(map(flag_of, missing)), "must be given", "see --help")
     return cls(**given)
+
+
+def helps(cls: type) -> dict[str, str]:
+    """The help of each field, which stands below it in the source; of none where there is no source."""
+    found: dict[str, str] = {}
+    for one in reversed(cls.__mro__):
+        with contextlib.suppress(OSError, TypeError, SyntaxError):
+            (tree,) = ast.parse(inspect.getsource(one)).body
+            assert isinstance(tree, ast.ClassDef)
+            for field, after in zip(tree.body, tree.body[1:], strict=False):
+                if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                    found[field.target.id] = " ".join(str(ast.literal_eval(after.value)).split())  # type: ignore[union-attr]
+    return found
+
+
+def _grouped(cls: type, default: Any, groups: Mapping[str, str]) -> type:
+    """A dataclass of dataclasses, one a group, whose help is that of `cls` in groups."""
+    import tyro
+
+    words, hints = helps(cls), get_type_hints(cls)
+    default = cls() if default is None else default
+    named = {name for names in groups.values() for name in names.split()}
+    parts = []
+    for title, names in groups.items():
+        inside = names.split() or [field.name for field in fields(cls) if field.name not in named]
+        made = dataclasses.make_dataclass(
+            title,
+            [
+                (
+                    name,
+                    Annotated[hints[name], tyro.conf.arg(help=words.get(name, ""))],
+                    dataclasses.field(default=getattr(default, name)),
+                )
+                for name in inside
+            ],
+            frozen=True,
+        )
+        made.__doc__ = None
+        parts.append((title, Annotated[made, tyro.conf.OmitArgPrefixes], made()))
+    return dataclasses.make_dataclass(cls.__name__, parts, frozen=True)
 
 
 def read(cls: type, args: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from fastpoem.paths import given_path
 HUB_MODEL = "uer/gpt2-distil-chinese-cluecorpussmall"
 
 
+PATHS = ("data", "val_data", "model", "cache_dir")  # settings that name what is there already
 NO_POEM = re.compile("[\n\r\0\ud800-\udfff]")  # what no poem, and no beginning of one, can hold
 MANY = 2**40  # more than any run counts to, and far from where arithmetic gets odd
 RANGES: tuple[tuple[str, float, float], ...] = (
@@ -40,6 +41,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("seed", 0, 2**63 - 1),
     ("log_every", 1, MANY),
     ("save_every", 1, MANY),
+    ("sample_every", 0, MANY),
     ("keep", 1, MANY),
     ("patience", 1, MANY),
 )
@@ -178,7 +180,14 @@ class TrainConfig:
     tensorboard: bool = False
     """The same as --log-to tensorboard: the curves lie in RUN/tensorboard."""
     sample: str | None = None
-    """At the end, print a poem that begins so."""
+    """At the end, print a poem that begins so. Poems on the way begin so, too."""
+    sample_every: int | None = None
+    """Steps between a few poems from the weights as they are, kept in RUN/samples.jsonl; 0: none. None: at the end of each epoch, of short
+    ones every hundred steps or so."""
+    quiet: bool = False
+    """Say nothing but errors."""
+    lang: Literal["auto", "en", "zh"] = "auto"
+    """Language of the summaries, the progress and the steps' lines. auto: on a terminal that of the locale, in a pipe English."""
 
     @property
     def trackers(self) -> tuple[str, ...]:
@@ -243,6 +252,16 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
+GROUPS = {  # of --help: those that none of the others has are the run's
+    "data": "data field line_break max_length convert clean whole dedup val_data val_poems",
+    "model": "model from_scratch dropout grow_vocab vocab",
+    "optimisation": "recipe epochs max_steps batch_size batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
+    "loss_on_padding seed best patience",
+    "speed": "device precision compile graphs attention",
+    "run": "",
+}
+
+
 def with_defaults(given: TrainConfig, named: Collection[str] = ()) -> TrainConfig:
     """The defaults under which `given`'s flags are to be read: those of its recipe, and the embedded run's where it names no data and no
     model; of a run that is resumed, its own. named: the settings that were given, which matters where one says another's part anew.
@@ -260,9 +279,9 @@ def with_defaults(given: TrainConfig, named: Collection[str] = ()) -> TrainConfi
     return TrainConfig(**{**embedded, **RECIPES[given.recipe]})
 
 
-def saved_settings(run: Path) -> dict[str, Any] | None:
+def saved_settings(run: Path, name: str = "config.json") -> dict[str, Any] | None:
     """The settings in RUN/config.json. None where there is no such file. Raises InputError for what this version does not understand."""
-    file = run / "config.json"
+    file = run / name
     mend = "give the run's settings as flags, with that file moved away"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -286,17 +305,19 @@ def saved_settings(run: Path) -> dict[str, Any] | None:
             saved[name] = coerce(name, value, known[name])
         except InputError:
             raise InputError(file, f"is damaged: its {name} is {value!r:.40}", mend) from None
-    for name in ("data", "val_data", "model", "cache_dir"):  # as they were meant where the run was started
+    for name in PATHS:  # as they were meant where the run was started
         if isinstance(where, str) and (value := saved.get(name)):
             saved[name] = (
-                tuple(_found(one, where) for one in value) if isinstance(value, tuple) else _found(value, where)
+                tuple(found_from(one, where) for one in value) if isinstance(value, tuple) else found_from(value, where)
             )
     saved.pop("out", None)
     saved.pop("resume", None)
+    saved.pop("quiet", None)
+    saved.pop("lang", None)
     return saved
 
 
-def _found(path: str, where: str) -> str:
+def found_from(path: str, where: str) -> str:
     """A path as given in the folder `where`, for use in this one."""
     there = os.path.join(where, os.path.expanduser(path))
     return path if os.path.exists(os.path.expanduser(path)) or not os.path.exists(there) else there

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastpoem import signals
-from fastpoem.cli import parse, run_command
+from fastpoem.cli import parse, prog, run_command
 from fastpoem.errors import InputError
 from fastpoem.paths import given_path
 
@@ -39,7 +39,7 @@ class PrepareConfig:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, prepare, print the summary."""
-    config = parse(PrepareConfig, argv, prog="python -m fastpoem.prepare")
+    config = parse(PrepareConfig, argv, prog=prog("prepare"))
     signals.imported("numpy", "tokenizers", "rich.console", "fastpoem.corpus.store")
     from rich.console import Console
 

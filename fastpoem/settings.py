@@ -54,3 +54,6 @@ class Settings(TypedDict, total=False):
     log_to: Data
     tensorboard: bool
     sample: str | None
+    sample_every: int | None
+    quiet: bool
+    lang: Literal["auto", "en", "zh"]

@@ -75,6 +75,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     """The handler. It must not touch a lock, which the code that it interrupts may hold: no printing, no events."""
     global _noted, _since
     if _importing:
+        if _on_a_terminal:  # where something may stand in the line already
+            os.write(2, b"\n")
         leave(number)
     if _noted is None:
         _noted, _since = number, time.monotonic()

@@ -5,31 +5,64 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from fastpoem import signals
-from fastpoem.cli import parse, read, run_command
-from fastpoem.config import TrainConfig, with_defaults
+from fastpoem.cli import parse, prog, read, run_command
+from fastpoem.config import GROUPS, TrainConfig, with_defaults
+from fastpoem.config_file import with_file
+from fastpoem.errors import InputError
 
-PROG = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
+
+
+@dataclass(frozen=True)
+class TrainCommand(TrainConfig):
+    config: str | None = None
+    """A file of settings, in TOML (`lr = 1e-4`), or the config.json of a run. Explicit flags override it."""
+    dry_run: bool = False
+    """Check everything, print the plan, time a few steps, and write nothing."""
+
+
+TrainCommand.__doc__ = TrainConfig.__doc__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = [*(sys.argv[1:] if argv is None else argv)]
-    given = parse(TrainConfig, argv, prog=PROG)
-    config = parse(TrainConfig, argv, prog=PROG, default=with_defaults(given, read(TrainConfig, argv))).check()
+    config, dry_run = read_settings(argv)
 
-    signals.imported(*SLOW)  # torch takes seconds to import, and --help or a wrong flag should not wait for it
+    signals.imported("fastpoem.run.console")
+    from fastpoem.run.console import Voice
+
+    voice = Voice(config.quiet, config.lang)
+    with voice.phase("loading PyTorch"):  # which takes seconds, and --help or a wrong flag should not wait for it
+        signals.imported(*SLOW)
     from fastpoem.run.fit import fit
-    from fastpoem.run.metrics import Voice
 
-    voice = Voice()
-    run = fit(config, voice)
+    if dry_run:
+        from fastpoem.run.rehearsal import rehearse
+
+        rehearse(config, voice)
+        return 0
+    run = fit(config, voice, prog("generate"))
     if run.stopped_by is not None:
         again = [*argv, *([] if config.out else ["--out", str(run.folder)]), *([] if config.resume else ["--resume"])]
-        voice.say(f"stopped after a complete checkpoint; go on with: {PROG} {shlex.join(again)}")
+        voice.say("stopped after a complete checkpoint; go on with: {0}", f"{prog('train')} {shlex.join(again)}")
         return 128 + run.stopped_by
     return 0
+
+
+def read_settings(argv: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """(the checked settings of a command line: its flags, over those of --config, over the defaults; whether it is a dry run).
+    Raises InputError."""
+    given = parse(TrainCommand, argv, prog=prog("train"), groups=GROUPS)
+    flags = read(TrainCommand, argv)
+    flags.pop("config", None), flags.pop("dry_run", None)
+    named = flags if given.config is None else with_file(given.config, flags)
+    config = replace(with_defaults(TrainConfig(**named), named), **named).check()
+    if given.dry_run and config.resume:
+        raise InputError("--dry-run", "looks at a run that begins", "leave out --resume, or --dry-run")
+    return config, given.dry_run
 
 
 if __name__ == "__main__":

@@ -62,6 +62,13 @@ def assert_same(one: Path, other: Path, *, settings: bool = True) -> None:
 
 def assert_tidy(run: Path) -> None:
     """Nothing but what a run's folder is said to hold, and every checkpoint in it whole."""
-    assert {path.name for path in run.iterdir()} <= {".lock", "metrics.jsonl", "config.json", "checkpoints", "model"}
+    assert {path.name for path in run.iterdir()} <= {
+        ".lock",
+        "metrics.jsonl",
+        "config.json",
+        "checkpoints",
+        "model",
+        "samples.jsonl",
+    }
     for path in (run / "checkpoints").iterdir():
         assert (path / "state.json").is_file(), path

@@ -611,7 +611,7 @@ def test_text_of_other_kinds_is_trained_on_and_said(base, tmp_path, capsys):
     common = settings(base, max_steps=2) | dict(data=[str(tmp_path / "a.csv"), tmp_path / "b.txt"], line_break="亩")
     run = fastpoem.fit(**common, out=str(tmp_path / "run"))
     said = capsys.readouterr().out
-    for part in ("51 poems of a.csv and 1 more", "read as GB18030: a.csv", "taken from '内容' of a.csv", "kept as 亩 in 30 poems",
+    for part in ("51 poems from a.csv and 1 more", "read as GB18030: a.csv", "taken from '内容' of a.csv", "kept as 亩 in 30 poems",
                  "20 came with the tokenizer's own frame", "[UNK] stands in the text 1 times"):  # fmt: skip
         assert part in said
     config = json.loads((run.model / "tokenizer_config.json").read_text())

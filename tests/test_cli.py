@@ -26,7 +26,7 @@ from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.doctor.__main__ import DoctorConfig
 from fastpoem.errors import InputError
-from fastpoem.generate import GenerateConfig
+from fastpoem.generate import GenerateCommand
 from fastpoem.model.hub import BUNDLED
 from fastpoem.prepare import PrepareConfig
 from fastpoem.settings import Data, Settings
@@ -36,7 +36,7 @@ from tests.runs import assert_same, settings, tiny_data, tiny_model
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["PYTHONUNBUFFERED"] = ""
-COMMANDS = {"train": TrainConfig, "prepare": PrepareConfig, "generate": GenerateConfig, "doctor": DoctorConfig}
+COMMANDS = {"train": TrainConfig, "prepare": PrepareConfig, "generate": GenerateCommand, "doctor": DoctorConfig}
 
 
 def refused(cls, *argv: str) -> str:

@@ -25,9 +25,9 @@ from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import checkpoint
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.folder import Claim, Taken
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 

@@ -1,7 +1,10 @@
 """engine/: batches made on the device, and a step that can be replayed: nothing stale, nothing asked of the device, one compiled form."""
 
 import ast
+import contextlib
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from fastpoem.corpus.store import TokenStore, prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.batch import IGNORE, assemble
 from fastpoem.engine.compile import compiled_pieces, forms
-from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.graphs import Graphs, nothing_collected
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model.gpt2 import GPT2, GPT2Config
@@ -117,6 +120,89 @@ def test_a_rehearsal_changes_nothing(kind, dtype):
         assert step.result().skipped
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["bucket", "pack"])
+@pytest.mark.parametrize("where", ["assemble", "model", "account"])
+def test_a_rehearsal_that_fails_in_the_middle_changes_nothing(kind, where):
+    """As a recording does that fails: dropout on, twenty more steps are those of a step that never tried, bit for bit."""
+    tried, never = make(), make()
+    first, *rest = stream(21, kind)
+    for step in (tried, never):
+        torch.manual_seed(1)
+        step(first, 1e-3)
+
+    def fails(*given):
+        getattr(pieces, where)(*given)
+        raise ValueError(where)
+
+    pieces, state = tried.pieces, torch.get_rng_state()
+    tried.pieces = pieces._replace(**{where: fails})
+    with pytest.raises(ValueError, match=where), tried.rehearsal(rest[0].shape):
+        tried.work(rest[0].shape)
+    tried.pieces = pieces
+    for step in (tried, never):
+        torch.set_rng_state(state)
+        for one in rest:
+            step(one, 1e-3)
+    assert tried.totals() == never.totals() and torch.equal(tried.account.losses, never.account.losses)
+    assert torch.equal(tried.optimizer.master, never.optimizer.master)
+
+
+@contextlib.contextmanager
+def collector(on):
+    """It runs as often as it can, or not at all."""
+    enabled, threshold = gc.isenabled(), gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(1)
+    (gc.enable if on else gc.disable)()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        (gc.enable if enabled else gc.disable)()
+
+
+class Garbage:
+    """A cycle."""
+
+    def __init__(self):
+        self.myself = self
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_nothing_is_collected_while_a_step_is_recorded(on):
+    """And it is left as the user had it, also where recording fails."""
+    with collector(on):
+        gc.disable()
+        before = weakref.ref(Garbage())
+        (gc.enable if on else gc.disable)()
+        with pytest.raises(ValueError), nothing_collected():
+            assert (before() is None) == on
+            inside = weakref.ref(Garbage())
+            with nothing_collected():
+                [[] for _ in range(10_000)]
+            [[] for _ in range(10_000)]
+            assert inside() is not None and not gc.isenabled()
+            raise ValueError
+        assert gc.isenabled() == on
+        [[] for _ in range(10_000)]
+        assert (inside() is None) == on
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_a_step_goes_with_its_last_name(replayed):
+    """What it and its graphs hold of a card is given back then and there: they are no cycle, nor part of one."""
+    with collector(False):
+        step = make()
+        if replayed:
+            step.launch = Graphs(step, print)
+        for one in stream(10):
+            step(one, 1e-3)
+        parts = [step, step.optimizer, step.optimizer.master, step.account.sums, *([step.launch] if replayed else [])]
+        parts = [weakref.ref(part) for part in parts]
+        del step
+        assert [part() for part in parts] == [None] * len(parts)
 
 
 def test_what_does_not_fit_the_static_tensors_is_refused():

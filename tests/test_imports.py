@@ -1,6 +1,7 @@
 """Imports run downwards: each room knows those below it, none above, and no two files know each other."""
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -14,7 +15,7 @@ FLOORS = (
     "errors version",
     "disk paths",
     "signals",
-    "config",
+    "config poetry",
     "corpus",
     "model",
     "engine",
@@ -22,9 +23,10 @@ FLOORS = (
     "doctor",
     "reporting",
     "run",
-    "cli settings",
+    "cli settings config_file",
     "api",
-    "__init__ train prepare generate report doctor.__main__",
+    "__init__ train prepare generate evaluate report doctor.__main__",
+    "__main__",
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}
 
@@ -44,18 +46,19 @@ def floor(module: str) -> int:
     return FLOOR.get(module, FLOOR.get(module.split(".")[0], -1))
 
 
-def imports(path: Path, *, everywhere: bool = True) -> set[str]:
-    """The modules of fastpoem that a file imports, at its top or (everywhere) inside a function too."""
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
+    """The modules of fastpoem that a file imports, at its top or inside a function."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = set()
-    for node in ast.walk(tree) if everywhere else tree.body:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found |= {f"{node.module}.{name.name}" for name in node.names} | {node.module}
     ours = {name.removeprefix("fastpoem.") for name in found if name.startswith("fastpoem.")}
     ours |= {"__init__"} & {"__init__" for name in found if name == "fastpoem" and not any_submodule(tree)}
-    return ours & set(MODULES)
+    return frozenset(ours & set(MODULES))
 
 
 def any_submodule(tree: ast.AST) -> bool:

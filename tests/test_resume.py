@@ -21,10 +21,10 @@ from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import fit as fit_module
 from fastpoem.run import loop as loop_module
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.fit import fit as run_fit
 from fastpoem.run.loop import Diverged, Loop, NotSaved, check_state
-from fastpoem.run.metrics import Voice
 from fastpoem.run.trained import trained_model
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 

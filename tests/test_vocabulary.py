@@ -23,8 +23,8 @@ from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.model.hub import BUNDLED
 from fastpoem.model.vocabulary import EMBEDDING, GENERATION, never_written
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
-from fastpoem.run.metrics import Voice
 from tests.runs import assert_same, settings, tiny_data, tiny_model
 from tests.test_resume import told_at
 

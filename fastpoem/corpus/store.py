@@ -176,6 +176,7 @@ def cached_store(
     tokenizer: PoemTokenizer,
     *,
     cache_dir: Path | None = None,
+    make_in: Path | None = None,
     max_length: int = 512,
     buckets: int = 32,
     progress: Callable[[int], None] | None = None,
@@ -184,7 +185,7 @@ def cached_store(
     """The store of `source` under these settings from the cache, prepared now where the cache has none or a damaged one.
 
     The cache is `cache_dir`, else `.fastpoem` beside the text, else (where that cannot be written)
-    `$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. `say` hears in a line what was reused, prepared or found damaged.
+    `$XDG_CACHE_HOME/fastpoem` or `~/.cache/fastpoem`. `make_in`: a folder for what is prepared now, instead of the cache. `say` hears in a line what was reused, prepared or found damaged.
     """
     source = Source.of(source)
     check_settings(max_length, buckets)
@@ -206,6 +207,7 @@ def cached_store(
             else:
                 say(f"prepared before: {folder / name}")
                 return store
+    folders = folders if make_in is None else [make_in]
     goal = next((folder for folder in folders if writable(folder)), None)
     if goal is None:
         raise InputError(folders[-1], "cannot be written", "name a writable folder with --cache-dir")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastpoem import signals
-from fastpoem.cli import parse, run_command
+from fastpoem.cli import parse, prog, run_command
 from fastpoem.errors import InputError
 
 
@@ -33,7 +33,7 @@ class DoctorConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(DoctorConfig, argv, prog="python -m fastpoem.doctor")
+    config = parse(DoctorConfig, argv, prog=prog("doctor"))
     signals.imported("numpy", "torch", "fastpoem.doctor.examine")
     from fastpoem.doctor.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.compile import keep_caches_in

@@ -37,8 +37,9 @@ def in_a_process(
         if begun is not None:
             done[begun] = [Record(begun, False, note=f"its process {ending}")]
         yield from done.items()
-        left = [name for name in left if name not in done]
-        left = checks.with_kernels(left, {name: failures(records) for name, records in done.items()})
+        failed = {name: failures(records) for name, records in done.items()}
+        left = checks.with_kernels([name for name in left if name not in done], failed)
+        left = [name for name in checks.with_separate([*done, *left], failed) if name not in done]
         if unwilling:
             yield from ((name, [Record(name, False, note=f"{NOT_BEGUN}: {ending}")]) for name in left)
             return

@@ -5,7 +5,7 @@ has a check here that takes seconds, runs on any device, and fails when the path
 number is zero, or the weights did not move, that is a failure too.
 
 A check is named by a line: `kernels 21128` (the vocabulary; with `float16` where that is computed in), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`,
-`full` (the real model's shape), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs
+`full` (the real model's shape), `separate` (compiled without combined kernels, which failed), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs
 checks in a process of their own (`fastpoem.doctor.trust`), because a kernel that writes where it should not leaves a CUDA context in which
 nothing works any more.
 """
@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.doctor.check_attention import attention, farthest, worst
-from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form
+from fastpoem.doctor.check_dropout import same_masks
+from fastpoem.engine.compile import combines, compiled_pieces, forms, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels, done_without, kernels_without
 from fastpoem.engine.optim import FlatAdamW
@@ -41,6 +42,7 @@ REAL = GPT2Config(21128, 1024, 768, 6, 12)  # 59.5 M parameters
 # Heads as wide as the real model's, and weights large enough for one batch's loss to be told from another's.
 SMALL = GPT2Config(1000, 160, 128, 2, 2, initializer_range=0.1)
 STEPS, POEMS, RATE, SCALE = 12, 8, 1e-3, 4096.0
+SEPARATE = "separate"  # in the name of a check: compiled without combined kernels
 
 
 class Trace(NamedTuple):
@@ -69,6 +71,32 @@ def with_kernels(names: Sequence[str], failed: Mapping[str, Iterable[str]]) -> l
     return [" ".join([name, *less]) if name.startswith(("compiled", "replay")) else name for name in names]
 
 
+def with_separate(names: Sequence[str], failed: Mapping[str, Iterable[str]]) -> list[str]:
+    """The same checks; where a step compiled with combined kernels failed, the one without them is checked too, and replayed in its place.
+
+    failed: check's name -> its records that are not ok."""
+    if not combines():
+        return list(names)
+    found = list[str]()
+    for name in names:
+        if name.startswith("compiled"):
+            found += [name, separate(name)] if failed.get(name) else [name]
+        else:
+            found.append(separate(name) if failed.get(_compiled(name)) else name)
+    return list(dict.fromkeys(found))
+
+
+def separate(name: str) -> str:
+    """The check of the same, compiled without combined kernels."""
+    return name if SEPARATE in name.split() else f"{name} {SEPARATE}"
+
+
+def _compiled(name: str) -> str:
+    """The check of the step that a compiled one's `replay` replays; nothing for others."""
+    _, *more = name.split()
+    return " ".join(["compiled", *(word for word in more if word != "compiled")]) if "compiled" in more else ""
+
+
 def run(name: str, device: torch.device) -> list[Record]:
     """The records of one check. What raises is a record that is not ok, with the reason."""
     piece, first, *more = name.split()
@@ -77,11 +105,13 @@ def run(name: str, device: torch.device) -> list[Record]:
         half = [torch.float16] if "float16" in more else [torch.bfloat16] if has_bf16(device) else []
         return kernel_check.check(device, rows, int(first), parameters=4_000_000, dtypes=(torch.float32, *half))
     dtype = getattr(torch, first)
-    shape, kernels = REAL if "full" in more else SMALL, kernels_without(more)
+    shape, kernels, combined = REAL if "full" in more else SMALL, kernels_without(more), SEPARATE not in more
     checks: dict[str, Callable[[], list[Record]]] = {
         "attention": lambda: attention(device, dtype, batches(True, count=1)[0] if "packed" in more else None),
-        "compiled": lambda: [compiled(device, dtype, "packed" in more, shape, kernels)],
-        "replay": lambda: [replay(device, dtype, "packed" in more, shape, kernels, compiles="compiled" in more)],
+        "compiled": lambda: [compiled(device, dtype, "packed" in more, shape, kernels, combined=combined)],
+        "replay": lambda: [
+            replay(device, dtype, "packed" in more, shape, kernels, compiles="compiled" in more, combined=combined)
+        ],
     }
     try:
         with _apart(device):
@@ -152,10 +182,10 @@ def _begin_scale(optimizer: FlatAdamW) -> None:
         optimizer.scale.good.zero_()
 
 
-def compile_step(step: TrainStep, rows: Sequence[Rows], backend: str | None = None) -> None:
+def compile_step(step: TrainStep, rows: Sequence[Rows], backend: str | None = None, combined: bool = True) -> None:
     """Compile the step and warm it up. A CPU, where training does not compile, gets the front half of the compiler."""
     step.pieces = compiled_pieces(
-        step.optimizer.module, backend or ("inductor" if step.device.type == "cuda" else "aot_eager")
+        step.optimizer.module, backend or ("inductor" if step.device.type == "cuda" else "aot_eager"), combined
     )
     for shape in one_of_each_form([one.shape for one in rows]):
         with step.rehearsal(shape):
@@ -190,8 +220,10 @@ def replay(
     kernels: Kernels = OURS,
     *,
     compiles: bool = False,
+    combined: bool = True,
 ) -> Record:
-    """Graph replay against the same step launched kernel by kernel, same random state, dropout off and on: losses and weights.
+    """Graph replay against the same step launched kernel by kernel, same random state, dropout off and on: losses and weights; and its
+    dropout's masks (`same_masks`).
 
     Some of PyTorch's backward kernels add in whatever order threads come, so that a step does not repeat itself bit for bit. It is run
     twice, and a replay may differ four times as far as that; 1e-6 (in 16 bits: 1e-3) where it does repeat itself.
@@ -201,7 +233,7 @@ def replay(
     for dropout in (0.0, 0.1):
         step = make_step(device, dtype, shape, packed, dropout, kernels=kernels)
         if compiles:
-            compile_step(step, rows)
+            compile_step(step, rows, combined=combined)
         begun = step.optimizer.master.clone()
         plain, again = train(step, rows, begun), train(step, rows, begun)
         if note := _lifeless(plain):
@@ -215,6 +247,8 @@ def replay(
         note = f"dropout {dropout:g}, the plain step repeats itself to {spread:.1g}"
         found.append(Record("", error <= allowed, error=error, tolerance=allowed, note=note))
         plains.append(plain)
+        if dropout:
+            found.append(same_masks(step, rows[:2]))
     if difference(*plains) == 0:
         return Record("", False, note="dropout drops nothing")
     return worst(found)
@@ -227,8 +261,11 @@ def compiled(
     shape: GPT2Config = SMALL,
     kernels: Kernels = OURS,
     backend: str | None = None,
+    *,
+    combined: bool = True,
 ) -> Record:
-    """The compiled step against the eager one, dropout off: losses, every parameter's first gradient, the weights after a few steps.
+    """The compiled step against the eager one, dropout off: losses, every parameter's first gradient, the weights after a few steps. With
+    dropout on, against itself: its masks (`same_masks`).
 
     In 16 bits both round, in different places: the compiled step may be twice as far from the fp32 step as the eager one is.
     """
@@ -241,7 +278,7 @@ def compiled(
     if note := _lifeless(truth):
         return Record("", False, note=note)
     step = make_step(device, dtype, shape, packed, 0.0, math.inf, kernels)
-    compile_step(step, rows, backend)
+    compile_step(step, rows, backend, combined)
     seen = forms()
     mine = train(step, rows, gradient=True)
     if forms() != seen:
@@ -257,7 +294,9 @@ def compiled(
         found.append(
             Record("", measure(mine) <= allowed, error=measure(mine), tolerance=allowed, note=f"farthest in {what}")
         )
-    return worst(found)
+    step = make_step(device, dtype, shape, packed, 0.1, kernels=kernels)
+    compile_step(step, rows, backend, combined)
+    return worst([*found, same_masks(step, rows[:2])])
 
 
 def difference(one: Trace, other: Trace) -> float:

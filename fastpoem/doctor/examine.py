@@ -97,7 +97,12 @@ def examine(device: torch.device, *, quick: bool, say: Callable[[str], None]) ->
             trials.append(trial.Trial(form, note="failed its check"))
             continue
         options: dict[str, Any] = dict(
-            compiles=compiles, graphs=graphs, packed=packs, kernels=trusted.kernels, lengths=lengths
+            compiles=compiles,
+            graphs=graphs,
+            combined=trusted.combined,
+            packed=packs,
+            kernels=trusted.kernels,
+            lengths=lengths,
         )
         rounds = 5 if gpu else 1
         trials.append(_tried(partial(trial.train, device, dtype, rounds=rounds, **options), form))

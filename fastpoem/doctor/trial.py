@@ -53,6 +53,7 @@ def train(
     *,
     compiles: bool = False,
     graphs: bool = False,
+    combined: bool = True,
     packed: bool = False,
     kernels: Kernels = OURS,
     lengths: Sequence[int] = LENGTHS,
@@ -76,7 +77,7 @@ def train(
     step = TrainStep(Pieces(model), optimizer, source, poems=BATCH, pad_id=0)
     if compiles:
         torch._dynamo.reset()
-        step.pieces = compiled_pieces(model)
+        step.pieces = compiled_pieces(model, combined=combined)
         for one in one_of_each_form(shapes):
             with step.rehearsal(one):
                 step.work(one)

@@ -55,8 +55,12 @@ def decide(
     chosen = failed.get(names[0], {})
     kernels = choose_kernels(chosen, say)
 
-    def trusted(flag: str, name: str, insists: bool, otherwise: str) -> bool:
+    def exact(name: str, apart: bool = False) -> str:
         (name,) = checks.with_kernels([name], {"kernels": chosen})
+        return checks.separate(name) if apart else name
+
+    def trusted(flag: str, name: str, insists: bool, otherwise: str, apart: bool = False) -> bool:
+        name = exact(name, apart)
         if not failed.get(name):
             return True
         reason = "; ".join(failed[name].values())
@@ -70,14 +74,19 @@ def decide(
     varlen = not packed or trusted(
         "--attention flash", f"attention {suffix}", insists, "packed poems are attended to in a padded batch"
     )
-    compile_it = not compiles or trusted(
-        "--compile on", f"compiled {suffix}", config.compile == "on", "the model is not compiled"
+    model = f"compiled {suffix}"
+    apart = (
+        compiles and exact(model, apart=True) in failed and not trusted("", model, False, "kernels are not combined")
     )
+    compile_it = not compiles or trusted(
+        "--compile on", model, config.compile == "on", "the model is not compiled", apart
+    )
+    apart = apart and compile_it
     replay = f"replay {suffix}" + (" compiled" if compiles and compile_it else "")
     graphs = config.graphs == "off" or trusted(
-        "--graphs on", replay, config.graphs == "on", "the step's kernels are launched one by one"
+        "--graphs on", replay, config.graphs == "on", "the step's kernels are launched one by one", apart
     )
-    return Trusted(kernels, sdpa, varlen, compile_it, graphs)
+    return Trusted(kernels, sdpa, varlen, compile_it, graphs, not apart)
 
 
 def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Failures]:
@@ -87,6 +96,7 @@ def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], Non
     known, told = remembered(card(device)), False
     while True:
         exact = checks.with_kernels(names, {name: known[name] for name in names if name in known})
+        exact = checks.with_separate(exact, known)
         missing = [name for name in exact if name not in known]
         if not missing:
             return {name: known[name] for name in exact}

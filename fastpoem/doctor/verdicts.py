@@ -19,6 +19,7 @@ import fastpoem_kernels
 import torch
 from fastpoem_kernels.check import Record
 
+from fastpoem.doctor.checks import separate
 from fastpoem.doctor.machine import driver, version
 from fastpoem.errors import InputError
 from fastpoem.paths import user_cache
@@ -82,11 +83,13 @@ def remembered(key: str) -> dict[str, Failures]:
 
 def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
     """Keep what checks found, as well as the disk allows: passes, and wrong numbers. What could not begin or end, ran out of memory or found
-    no compiler may be another's fault, and is tried again."""
+    no compiler may be another's fault, and is tried again; but where the same passes without combined kernels, it is theirs."""
+    bad = [Record("", False)]
     new = {
         name: failures(records)
         for name, records in found.items()
         if all(record.ok or record.error is not None for record in records)
+        or (name != separate(name) and all(record.ok for record in found.get(separate(name), bad)))
     }
     if not new:
         return

@@ -11,7 +11,7 @@ from fastpoem_kernels import native
 
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Shape
-from fastpoem.engine.compile import compiled_pieces, forms, one_of_each_form, why_not_compile
+from fastpoem.engine.compile import combines, compiled_pieces, forms, one_of_each_form, why_not_compile
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
@@ -31,6 +31,7 @@ class Trusted(NamedTuple):
     varlen: bool = True
     compile: bool = True
     graphs: bool = True
+    combined: bool = True  # small kernels of compiled code share launches
 
 
 def build_step(
@@ -58,21 +59,7 @@ def build_step(
     settings: dict[str, Any] = dict(poems=config.batch_size, pad_id=pad_id, pad_targets=config.loss_on_padding)
     step = TrainStep(plain, optimizer, source, **settings)
     if compiles:
-        begin = time.perf_counter()
-        step.pieces = compiled_pieces(model)
-        try:
-            for shape in one_of_each_form(shapes):
-                ask()
-                with step.rehearsal(shape):
-                    step.work(shape)
-        except Exception as error:
-            if config.compile == "on":
-                raise
-            say(f"the model could not be compiled ({first_line(error)}): PyTorch's own kernels are used")
-            step.pieces = plain
-        else:
-            step.forms = forms
-            say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
+        _compile(step, model, shapes, config.compile == "on", trusted.combined and combines(), say)
     if device.type == "cpu" and optimizer.working.dtype == torch.float32 and native.why_not() is not None:
         say(f"PyTorch's operators between the products, a tenth slower than C ({native.why_not()})")
     if device.type == "cuda" and config.graphs != "off" and trusted.graphs:
@@ -88,6 +75,34 @@ def build_step(
                 f"{len(graphs.recorded)} lengths recorded as CUDA graphs in {took:.1f} s, {graphs.bytes / 2**20:,.0f} MiB"
             )
     return step
+
+
+def _compile(
+    step: TrainStep, model: GPT2, shapes: Sequence[Shape], insists: bool, combined: bool, say: Callable[[str], None]
+) -> None:
+    """Compile the step: with combined kernels, where these fail without them, and where that fails not at all; but with `insists` the
+    last error is raised."""
+    begin, plain = time.perf_counter(), step.pieces
+    for together in (True, False) if combined else (False,):
+        step.pieces = compiled_pieces(model, combined=together)
+        try:
+            for shape in one_of_each_form(shapes):
+                ask()
+                with step.rehearsal(shape):
+                    step.work(shape)
+        except Exception as error:
+            if not together and insists:
+                raise
+            say(
+                f"combined kernels could not be compiled ({first_line(error)}): each has a launch of its own"
+                if together
+                else f"the model could not be compiled ({first_line(error)}): PyTorch's own kernels are used"
+            )
+        else:
+            step.forms = forms
+            say(f"compiled in {time.perf_counter() - begin:.0f} s ({forms()} forms)")
+            return
+    step.pieces = plain
 
 
 def _compiles(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> bool:

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from fastpoem_kernels import native
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastpoem.corpus.feed import Shape
 from fastpoem.engine.batch import assemble
 from fastpoem.engine.step import Pieces, account
 from fastpoem.model.attention import Packing
+from fastpoem.model.dropout import draw_seeds
+from fastpoem.model.gpt2 import GPT2
 from fastpoem.paths import keep_caches, user_cache
 
 
@@ -58,10 +60,11 @@ def keep_caches_in(folder: str | None) -> None:
     native.keep_in(None if folder is None else user_cache() / "native")
 
 
-def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
-    """The pieces, to be compiled when they are first called. A graph break raises there."""
+def compiled_pieces(model: GPT2, backend: str = "inductor", combined: bool = True) -> Pieces:
+    """The pieces, to be compiled when they are first called. A graph break raises there. combined: small kernels share launches where
+    PyTorch can do that. Dropout draws by seeds, so that the compiler may draw a mask wherever it likes (fastpoem.model.dropout)."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(user_cache() / "inductor"))
-    options = _one_launch_for_small_kernels() if backend == "inductor" else None
+    options = COMBINED if combined and backend == "inductor" and combines() else None
     compiled = torch.compile(model, fullgraph=True, backend=backend, options=options)
 
     def call(inputs: Tensor, packing: Packing | None) -> Tensor:
@@ -70,21 +73,22 @@ def compiled_pieces(model: nn.Module, backend: str = "inductor") -> Pieces:
             _declare_dynamic(packing.positions, 0)
             _declare_dynamic(packing.fold, 0)
             _declare_dynamic(packing.unfold, 1)
-        return compiled(inputs, packing)
+        return compiled(inputs, packing, draw_seeds(model.dropouts, inputs.device))
 
     whole: Any = {"fullgraph": True, "dynamic": True, "backend": backend, "options": options}
     return Pieces(call, torch.compile(assemble, **whole), torch.compile(account, **whole), autograd=True)
 
 
-def _one_launch_for_small_kernels() -> dict[str, Any] | None:
-    """Options that put independent small kernels (the second halves of 50 column sums) into one launch: 198 graph nodes a step instead of 253.
+# Independent small kernels (the second halves of 50 column sums) in one launch: 198 graph nodes a step instead of 253. Each keeps block
+# sizes of its own: where they must share, the larger ones spill kilobytes a thread.
+COMBINED = {"combo_kernels": True, "combo_kernel_per_subkernel_blocks": True}
 
-    Each keeps block sizes of its own: where they must share, the larger ones spill kilobytes a thread. None where PyTorch cannot do that.
-    """
+
+def combines() -> bool:
+    """Can this PyTorch combine kernels so?"""
     from torch._inductor import config
 
-    own_blocks = "combo_kernel_per_subkernel_blocks"
-    return {"combo_kernels": True, own_blocks: True} if hasattr(config, own_blocks) else None
+    return all(hasattr(config, option) for option in COMBINED)
 
 
 def _declare_dynamic(tensor: Tensor, dim: int) -> None:

@@ -10,8 +10,11 @@ the same under that discipline reads nothing stale.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,9 +32,12 @@ class Graphs:
     """Stands in for `step.work` as `step.launch`. Records a shape when it is first seen, best by `record` before training begins."""
 
     def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
-        self.step, self.say = step, say
+        # Weakly, because the step has us: what both hold of the card goes with the step's last name, not when garbage is collected.
+        self.step: TrainStep = weakref.proxy(step)  # type: ignore[assignment]
+        self.say = say
         self.recorded: dict[Shape, Callable[[], None]] = {}
         self.broken = False  # a recording failed: no other is tried, and a shape without one is run plainly
+        self._failed: Any = None  # its graph
         self.full = False  # there are as many as there may be
         self.bytes = 0  # of the device's free memory that recording took
         on_cuda = step.device.type == "cuda"
@@ -41,13 +47,15 @@ class Graphs:
 
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
-        for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
-            ask()
-            self._record(shape)
+        with nothing_collected():
+            for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
+                ask()
+                self._record(shape)
 
     def __call__(self, shape: Shape) -> None:
-        if shape not in self.recorded:
-            self._record(shape)
+        if shape not in self.recorded and not (self.broken or self.full):
+            with nothing_collected():
+                self._record(shape)
         run = self.recorded.get(shape)
         if run is None:
             self.step.work(shape)
@@ -64,13 +72,13 @@ class Graphs:
             )
             return
         if self._pool is None:
-            self.recorded[shape] = partial(self._again, shape)
+            self.recorded[shape] = partial(again, self.step, shape)
             return
         begin, step = time.perf_counter(), self.step
         device = step.device
         torch.cuda.empty_cache()  # or what was cached before would count as given back
         free = torch.cuda.mem_get_info(device)[0]
-        graph = torch.cuda.CUDAGraph()
+        graph, begun = torch.cuda.CUDAGraph(), False
         try:
             # The outer context puts the stream back where a capture that fails does not.
             with step.rehearsal(shape), torch.cuda.stream(torch.cuda.current_stream(device)):
@@ -80,6 +88,7 @@ class Graphs:
                 torch.cuda.current_stream(device).wait_stream(self._aside)
                 # thread_local: a checkpoint may be on its way to the disk in another thread
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
+                    begun = True
                     step.work(shape)
         except Exception as error:  # what is wrong with the step itself will be raised by the plain one
             self.broken = True
@@ -98,18 +107,68 @@ class Graphs:
         else:
             self.recorded[shape] = graph.replay
             self.bytes += free - torch.cuda.mem_get_info(device)[0]
+        if self.broken:
+            if begun:
+                self._end(graph)
+            del graph
+            torch.cuda.empty_cache()
         step.setup_seconds += time.perf_counter() - begin
 
-    def _again(self, shape: Shape) -> None:
-        """Run the step, then spoil what another may not rely on it to have left."""
-        step = self.step
-        step.work(shape)
-        step.message.fill_(-1)
-        step.source.fill_(-1)  # tests on a CPU have no resident corpus
-        for _, gradient in step.optimizer.named(step.optimizer.grad):
-            gradient.fill_(torch.nan)
-        step.optimizer.lr.fill_(torch.nan)
-        step.account.last.fill_(torch.nan)
+    def _end(self, graph: Any) -> None:
+        """A capture that CUDA ended with an error is ended for PyTorch too. Its memory is given back: at once where nothing was recorded
+        before, and else with the recordings, whose pool it is.
+
+        Up to 2.11 the next dropout would raise ("Offset increment outside graph capture": pytorch #171263, #176752), up to 2.12 the
+        allocator would stay in the capture (#180395), up to 2.13 the pool would be lost to the process (#190348).
+        """
+        if self.recorded:
+            self._failed = graph  # in their stream, whose workspaces would go with it: #193402
+        if torch.__version__ >= "2.14.dev0":
+            return
+        with contextlib.suppress(RuntimeError):
+            graph.pool()
+            return  # it ended well: what failed was Python
+        device = self.step.device
+        with contextlib.suppress(RuntimeError):  # by 2.13 it is ended
+            torch._C._cuda_endAllocateToPool(device.index, self._pool)
+        torch._C._cuda_releasePool(device.index, self._pool)
+        _KEPT.append(graph)
+        # The generator leaves its capture at the end of one that succeeds. (With another state in its place the next dropout would do, and
+        # the recordings fail, which know the old one.) In a stream of its own, whose workspaces may go.
+        number, empty = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(empty, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            number.zero_()
+
+
+# Graphs that the allocator of pinned memory goes on asking up to PyTorch 2.12: nobody can end their capture for it.
+_KEPT: list[Any] = []
+
+
+@contextlib.contextmanager
+def nothing_collected() -> Iterator[None]:
+    """What is garbage is gone, and nothing is collected inside. The finalizer of a graph (pytorch #161037), or since Triton 3.7 of a
+    kernel, asks the driver for what a capture forbids, and breaks it; since 2.9 `torch.cuda.graph` does not collect before. To freeze
+    what there is would not do: there may be more inside. Where collection is off already there is nothing to do."""
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def again(step: TrainStep, shape: Shape) -> None:
+    """Run the step, then spoil what another may not rely on it to have left."""
+    step.work(shape)
+    step.message.fill_(-1)
+    step.source.fill_(-1)  # tests on a CPU have no resident corpus
+    for _, gradient in step.optimizer.named(step.optimizer.grad):
+        gradient.fill_(torch.nan)
+    step.optimizer.lr.fill_(torch.nan)
+    step.account.last.fill_(torch.nan)
 
 
 def _first_cause(error: BaseException) -> BaseException:

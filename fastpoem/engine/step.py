@@ -138,13 +138,13 @@ class TrainStep:
         self.home = home(self.device)
         self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.home)
         self.account = Account.empty(self.device)
-        self.launch: Callable[[Shape], None] = self.work
+        self.launch: Callable[[Shape], None] | None = None  # in place of `work`
         self.forms: Callable[[], int] = lambda: 0  # compiled so far
         self.setup_seconds = 0.0  # of compiling and recording, which is not training
 
     def __call__(self, rows: Rows, lr: float) -> None:
         self.send(rows, lr)
-        self.launch(rows.shape)
+        (self.launch or self.work)(rows.shape)
 
     def send(self, rows: Rows, lr: float) -> None:
         """Copy a step's poems and its learning rate, which are the host's, into the static tensors. Raises ValueError for what does not

@@ -38,6 +38,12 @@ def likeliest(logits: Tensor, never: Tensor) -> Tensor:
     return logits.index_fill(1, never, -torch.inf).argmax(-1)
 
 
+def penalised(logits: Tensor, text: Tensor, penalty: float) -> Tensor:
+    """`logits` (B, V), lower by the factor `penalty` for each token that `text` (B, P) int64 holds, as in transformers."""
+    seen = logits.gather(1, text)
+    return logits.scatter(1, text, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
 def draw(scores: Tensor, ids: Tensor | None, numbers: Tensor) -> Tensor:
     """(B,) int64: of each row's candidates the one that its number in [0, 1), (B,) float64, falls on."""
     sums = scores.double().softmax(-1).cumsum(-1)  # (B, K)

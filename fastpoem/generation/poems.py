@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpoem import signals
 from fastpoem.errors import InputError
 from fastpoem.generation.config import GenerateConfig
+from fastpoem.poetry.forms import form_named
+from fastpoem.poetry.rhyme import book, book_named
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastpoem.generation.prompt import Prompt
+    from fastpoem.generation.spell import Speller
+    from fastpoem.model.gpt2 import GPT2
 
 
 def sample(model: str | Path, prompt: str | Sequence[str] = "", **options: object) -> list[str]:
@@ -22,14 +33,55 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
     """The poems that `config` (checked) asks for, as they are written. say: hears what was done to a prompt; by default, stderr.
     Raises InputError."""
     signals.imported("torch")
+    from fastpoem.engine.precision import choose_device
+    from fastpoem.generation.write import write
+
+    with _memory_named(device := choose_device(config.device)):
+        ready = _ready(config, device, say or _say)
+        for number, ids in enumerate(write(ready.model, ready.begun, ready.seed, config, **ready.bounds)):
+            yield ready.poem(number // config.count, ids)
+
+
+def growing(config: GenerateConfig, say: Callable[[str], None] | None = None) -> Iterator[tuple[int, str]]:
+    """The same poems one after another, to be shown as they grow: (the poem's number from 0, its text so far), again and again. The last of a
+    number is the whole poem. Each is written alone, which takes longer than in batches. Raises InputError."""
+    signals.imported("torch")
+    from fastpoem.engine.precision import choose_device
+    from fastpoem.generation.write import growing as written
+
+    with _memory_named(device := choose_device(config.device)):
+        ready = _ready(config, device, say or _say)
+        for number, ids in written(ready.model, ready.begun, ready.seed, config, **ready.bounds):
+            yield number, ready.poem(number // config.count, ids)
+
+
+class _Ready(NamedTuple):
+    """bounds: what `write` is to keep within."""
+
+    model: GPT2
+    speller: Speller
+    prompts: list[Prompt]
+    seed: int
+    bounds: dict[str, Any]
+
+    @property
+    def begun(self) -> list[list[int]]:
+        return [prompt.ids for prompt in self.prompts]
+
+    def poem(self, prompt: int, ids: Sequence[int]) -> str:
+        begin = self.prompts[prompt]
+        return self.speller.poem(begin.text, begin.ids[1:], ids)
+
+
+def _ready(config: GenerateConfig, device: torch.device, say: Callable[[str], None]) -> _Ready:
+    """All that is needed before the first token. Raises InputError."""
     import torch
 
     from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.corpus.tokenizer_files import conversion_of, never_ids
-    from fastpoem.engine.precision import choose_device
+    from fastpoem.generation.constrain import Constraint
     from fastpoem.generation.prompt import Reader
     from fastpoem.generation.spell import Speller
-    from fastpoem.generation.write import ran_out, write
     from fastpoem.model import hub
     from fastpoem.model.find import resolve_folder
     from fastpoem.model.gpt2 import GPT2
@@ -47,27 +99,56 @@ def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> I
     silent = ({*never_written(folder, shape.vocab_size)} | never_ids(tokenizer, shape.vocab_size)) - {line_break}
     if len(silent) == shape.vocab_size:
         raise InputError(folder, "has no token to write with", "use the tokenizer that belongs to the model")
-    device = choose_device(config.device)
+    model = GPT2(shape).eval()
+    hub.load_weights(model, folder)
+    model.to(device)
+    speller = Speller(tokenizer.library, line_break)
+    heard: list[str] = []  # said where nothing is refused
+    form = None if config.form is None else form_named(config.form)
+    reader = Reader(
+        model, tokenizer, speller, [*silent], conversion_of(folder), heard.append, full_marks=form is not None
+    )
+    constraint = None
+    longest = min(config.max_length, shape.n_positions)
+    if form is not None:
+        acrostic = None if config.acrostic is None else reader.convert(config.acrostic)
+        rhymes = None if config.rhyme is None else book(book_named(config.rhyme))
+        constraint = Constraint(form, tokenizer.library.get_vocab(True), tokenizer.sep_id, silent, acrostic, rhymes)
+        _refuse_short(config, form.name, 1 + form.length, shape.n_positions + 1)  # the last token is not read
+        longest = 1 + form.length
+    prompts = [reader(text) for text in config.prompt or ("",)]
+    for prompt in prompts:
+        if constraint is not None:
+            constraint.check(prompt.ids[1:], prompt.text)
+        elif len(prompt.ids) >= longest:
+            reason = f"leaves no room within {longest}"
+            mend = "shorten it" if longest == shape.n_positions else "shorten it or raise --max-length"
+            raise InputError(f"--prompt of {len(prompt.ids) - 1} tokens", reason, mend)
+    for line in heard:
+        say(line)
+    seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+    bounds = {"end": tokenizer.sep_id, "never": sorted(silent), "longest": longest, "constraint": constraint}
+    return _Ready(model, speller, prompts, seed, bounds)
+
+
+def _refuse_short(config: GenerateConfig, form: str, needed: int, positions: int) -> None:
+    """Raises InputError where a poem of `needed` tokens, the first included, is longer than --max-length or the model allows."""
+    for most, whose, mend in (
+        (positions, "the model", "use a shorter form"),
+        (config.max_length, "--max-length", "raise it"),
+    ):
+        if needed > most:
+            raise InputError(f"--form {form}", f"has {needed} tokens, and {whose} allows {most}", mend)
+
+
+@contextlib.contextmanager
+def _memory_named(device: torch.device) -> Iterator[None]:
+    """Raises InputError where memory runs out."""
     try:
-        model = GPT2(shape).eval()
-        hub.load_weights(model, folder)
-        model.to(device)
-        speller = Speller(tokenizer.library, line_break)
-        reader = Reader(model, tokenizer, speller, [*silent], conversion_of(folder), say or _say)
-        prompts = [reader(text) for text in config.prompt or ("",)]
-        longest = min(config.max_length, shape.n_positions)
-        for prompt in prompts:
-            if len(prompt.ids) >= longest:
-                reason = f"leaves no room within {longest}"
-                mend = "shorten it" if longest == shape.n_positions else "shorten it or raise --max-length"
-                raise InputError(f"--prompt of {len(prompt.ids) - 1} tokens", reason, mend)
-        seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
-        begun = [prompt.ids for prompt in prompts]
-        written = write(model, begun, seed, config, end=tokenizer.sep_id, never=sorted(silent), longest=longest)
-        for number, ids in enumerate(written):
-            prompt = prompts[number // config.count]
-            yield speller.poem(prompt.text, prompt.ids[1:], ids)
+        yield
     except (RuntimeError, MemoryError) as error:
+        from fastpoem.generation.write import ran_out
+
         if not ran_out(error):
             raise
         mend = "use a smaller model or --max-length" + (", or --device cpu" if device.type != "cpu" else "")

@@ -54,7 +54,7 @@ def read(tokenizer: PoemTokenizer, text: str) -> list[int]:
 
 class Reader:
     """Reads prompts for one model. never: ids that are not written. convert: the OpenCC conversion that the poems had, or None. say hears
-    what was changed."""
+    what was changed. full_marks: half-width marks behind CJK are full-width ones whatever the model finds."""
 
     def __init__(
         self,
@@ -64,7 +64,9 @@ class Reader:
         never: Sequence[int],
         convert: str | None,
         say: Callable[[str], None],
+        full_marks: bool = False,
     ) -> None:
+        self.full_marks = full_marks
         self.model, self.tokenizer, self.speller, self.never, self.say = model, tokenizer, speller, {*never}, say
         self.convert = _conversion(convert, say)
 
@@ -99,7 +101,7 @@ class Reader:
         begin = 0
         while (found := _HALF.search(text, begin)) is not None:
             half, begin = found[0], found.end()
-            if self._likelier(text[: found.start()], half, FULL[half]):
+            if self.full_marks or self._likelier(text[: found.start()], half, FULL[half]):
                 text = text[: found.start()] + FULL[half] + text[begin:]
                 said[half] = FULL[half]
         if said:

@@ -8,6 +8,7 @@ longest), so that poems cannot see each other and the matrix products, nearly al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpoem.model import ops
+from fastpoem.model.dropout import drop
 
 
 class Packing(NamedTuple):
@@ -32,11 +34,18 @@ Varlen = Callable[[Tensor, Tensor, Tensor, Tensor, int, float, float], Tensor]
 
 
 def causal_attention(
-    qkv: Tensor, heads: int, scale: float, dropout: float, packing: Packing | None, varlen: Varlen | None = None
+    qkv: Tensor,
+    heads: int,
+    scale: float,
+    dropout: float,
+    packing: Packing | None,
+    varlen: Varlen | None = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """qkv (B, T, 3 * D), q then k then v, each of `heads` heads -> (B, T, D). With `packing`, B = 1 and T = N packed tokens.
 
-    scale multiplies q k^T; dropout is the probability with which attention weights are dropped.
+    scale multiplies q k^T; dropout is the probability with which attention weights are dropped. seed (2,) int32: what they are drawn by
+    where no fused kernel does it (fastpoem.model.dropout), None: PyTorch's generator.
     """
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     if packing is not None and varlen is not None:
@@ -46,15 +55,30 @@ def causal_attention(
         return out.reshape(1, length, width)
     if packing is not None:
         padded = qkv[0].index_select(0, packing.unfold.flatten()).view(*packing.unfold.shape, qkv.shape[-1])
-        out = causal_attention(padded, heads, scale, dropout, None)  # (P, T, D)
+        out = causal_attention(padded, heads, scale, dropout, None, seed=seed)  # (P, T, D)
         return out.reshape(-1, out.shape[-1]).index_select(0, packing.fold)[None]  # (1, N, D)
     if _keeps_weights(qkv, dropout):
         return ops.CausalAttention.apply(qkv, heads, scale, dropout)
     q, k, v = (
         x.view(batch, length, heads, width // heads).transpose(1, 2) for x in qkv.split(width, dim=-1)
     )  # (B, H, T, D / H)
+    if seed is not None and dropout > 0 and not _fused(q):
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores = (q @ k.transpose(-2, -1) * scale).masked_fill(future, -math.inf)  # (B, H, T, T)
+        out = drop(torch.softmax(scores, -1), dropout, seed) @ v
+        return out.transpose(1, 2).reshape(batch, length, width)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)  # (B, H, T, D / H)
     return out.transpose(1, 2).reshape(batch, length, width)
+
+
+def _fused(q: Tensor) -> bool:
+    """Does SDPA surely take a kernel that has dropout of its own, which keeps what it was drawn by? A compiler takes the plain form apart."""
+    return q.is_cuda and _has_fused() and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+@torch.compiler.assume_constant_result
+def _has_fused() -> bool:
+    return torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 def _keeps_weights(qkv: Tensor, dropout: float) -> bool:

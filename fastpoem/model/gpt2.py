@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastpoem.model import fused, ops
 from fastpoem.model.attention import Packing, Varlen, causal_attention
+from fastpoem.model.dropout import drop
 
 ACTIVATIONS = {
     "gelu_new": "tanh",
@@ -85,7 +86,10 @@ class Dropout(nn.Module):
         """The probability: 0 in evaluation."""
         return self.p if self.training else 0.0
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
+        if self.now > 0 and seed is not None:
+            x = drop(x, self.p, seed)
+            return x if residual is None else residual + x
         if self.now > 0 and x.is_cpu and not torch.compiler.is_compiling():
             return ops.DropAdd.apply(x, residual, self.p)
         x = F.dropout(x, self.p, self.training)
@@ -104,16 +108,17 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, residual: Tensor, packing: Packing | None) -> Tensor:
-        """x, residual (B, T, D) -> residual + dropout(attention(x)) (B, T, D)"""
+    def forward(self, x: Tensor, residual: Tensor, packing: Packing | None, seeds: Tensor | None = None) -> Tensor:
+        """x, residual (B, T, D), seeds (2, 2) int32 -> residual + dropout(attention(x)) (B, T, D)"""
         dropout, qkv = self.dropout if self.training else 0.0, self.c_attn
+        weights_seed, seed = (None, None) if seeds is None else seeds
         if fused.usable(x, qkv.weight):
             x = fused.Attention.apply(x, qkv.weight, qkv.bias, packing, self.heads, self.scale, dropout)
         else:
-            x = causal_attention(qkv(x), self.heads, self.scale, dropout, packing, self.varlen)
+            x = causal_attention(qkv(x), self.heads, self.scale, dropout, packing, self.varlen, weights_seed)
         if fused.usable(x, self.c_proj.weight):
             return fused.Project.apply(x, self.c_proj.weight, self.c_proj.bias, residual, self.resid_dropout.now)
-        return self.resid_dropout(self.c_proj(x), residual)
+        return self.resid_dropout(self.c_proj(x), residual, seed)
 
 
 class MLP(nn.Module):
@@ -125,12 +130,12 @@ class MLP(nn.Module):
         self.approximate = ACTIVATIONS[config.activation_function]
         self.resid_dropout = Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """x, residual (B, T, D) -> residual + dropout(proj(gelu(fc(x)))) (B, T, D)"""
+    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
+        """x, residual (B, T, D), seed (2,) int32 -> residual + dropout(proj(gelu(fc(x)))) (B, T, D)"""
         fc, proj, dropout = self.c_fc, self.c_proj, self.resid_dropout
         if self.approximate == "tanh" and fused.usable(x, fc.weight):
             return fused.FeedForward.apply(x, fc.weight, fc.bias, proj.weight, proj.bias, residual, dropout.now)
-        return dropout(proj(F.gelu(fc(x), approximate=self.approximate)), residual)
+        return dropout(proj(F.gelu(fc(x), approximate=self.approximate)), residual, seed)
 
 
 class Block(nn.Module):
@@ -141,9 +146,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:  # (B, T, D) -> (B, T, D)
-        x = self.attn(self.ln_1(x), x, packing)
-        return self.mlp(self.ln_2(x), x)
+    def forward(self, x: Tensor, packing: Packing | None, seeds: Tensor | None = None) -> Tensor:
+        """x (B, T, D), seeds (3, 2) int32 -> (B, T, D)"""
+        x = self.attn(self.ln_1(x), x, packing, None if seeds is None else seeds[:2])
+        return self.mlp(self.ln_2(x), x, None if seeds is None else seeds[2])
 
 
 class Transformer(nn.Module):
@@ -155,15 +161,16 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = Dropout(config.embd_pdrop)
 
-    def forward(self, ids: Tensor, packing: Packing | None) -> Tensor:  # (B, T) int64 -> (B, T, D)
+    def forward(self, ids: Tensor, packing: Packing | None, seeds: Tensor | None = None) -> Tensor:
+        """ids (B, T) int64, seeds (1 + 3 * L, 2) int32 -> (B, T, D)"""
         positions = None if packing is None else packing.positions
         if ops.direct(self.wte.weight):
             x = ops.Embed.apply(self.wte.weight, self.wpe.weight, ids, positions)
         else:
             x = self.wte(ids) + (self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe(positions))
-        x = self.dropout(x)
-        for block in self.h:
-            x = block(x, packing)
+        x = self.dropout(x, seed=None if seeds is None else seeds[0])
+        for layer, block in enumerate(self.h):
+            x = block(x, packing, None if seeds is None else seeds[3 * layer + 1 : 3 * layer + 4])
         return self.ln_f(x)
 
 
@@ -178,9 +185,15 @@ class GPT2(nn.Module):
         self.config = config
         self.transformer = Transformer(config, varlen)
 
-    def forward(self, ids: Tensor, packing: Packing | None = None) -> Tensor:
-        """ids (B, T) int64 -> next-token logits (B * T, V), rows in the order of ids. With `packing`, ids is (1, N)."""
-        hidden = self.transformer(ids, packing)  # (B, T, D)
+    @property
+    def dropouts(self) -> int:
+        return 1 + 3 * self.config.n_layer
+
+    def forward(self, ids: Tensor, packing: Packing | None = None, seeds: Tensor | None = None) -> Tensor:
+        """ids (B, T) int64 -> next-token logits (B * T, V), rows in the order of ids. With `packing`, ids is (1, N).
+
+        seeds (dropouts, 2) int32: what each dropout draws by (fastpoem.model.dropout), None: PyTorch's generator."""
+        hidden = self.transformer(ids, packing, seeds)  # (B, T, D)
         weight = self.transformer.wte.weight
         if ops.direct(weight):
             return ops.Head.apply(hidden.flatten(0, 1), weight)

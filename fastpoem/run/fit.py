@@ -37,22 +37,25 @@ from fastpoem.model.grow import draw_rows
 from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.card import model_card
+from fastpoem.run.console import Voice
 from fastpoem.run.given import Given, order_of, take
 from fastpoem.run.loop import Loop, NotSaved, check_state
-from fastpoem.run.metrics import Voice
 from fastpoem.run.opened import Run
+from fastpoem.run.samples import Samples, Writer
+from fastpoem.run.summary import after, before
 from fastpoem.run.trackers import check_installed
 from fastpoem.signals import StopRequest, ask
 
-WORDS = {"pack": "packed", "bucket": "of like length", "pad": "padded"}
+WORDS = {"pack": "packed ({0})", "bucket": "of like length ({0})", "pad": "padded ({0})"}
+GENERATE = "python -m fastpoem.generate"
 LOOKED_AT = 20_000  # steps of an epoch whose sizes are looked up before training: a second at the most
 
 
-def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
+def fit(config: TrainConfig, voice: Voice | None = None, generate: str = GENERATE) -> Run:
     """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong, NotSaved
-    where the disk does not take the result."""
+    where the disk does not take the result. generate: the command that writes poems, as it is called here."""
     about: str | None = None
-    with assembled(config, voice or Voice()) as (loop, export), StopRequest() as stop:
+    with assembled(config, voice or Voice(config.quiet, config.lang)) as (loop, export), StopRequest() as stop:
         try:
             loop.run(stop)
         except NotSaved:
@@ -73,18 +76,24 @@ def fit(config: TrainConfig, voice: Voice | None = None) -> Run:
                 ) from error
     run = Run(loop.folder, loop.metrics.rows, stop.signal)
     if run.stopped_by is None:
+        loop.voice.table(after(loop, generate))
         if about is not None:
             loop.voice.say(about)
-        loop.voice.say(f"the trained model is in {run.model}")
-        for poem in run.generate(config.sample, seed=config.seed) if config.sample is not None else ():
-            loop.voice.say(poem)
+        loop.voice.say("the trained model is in {0}", run.model)
+        if config.sample is not None and not loop.voice.quiet:
+            with loop.voice.phase("writing a few poems"):
+                poems = run.generate(config.sample, seed=config.seed)
+            for poem in poems:
+                loop.voice.say(poem)
     return run
 
 
 @contextlib.contextmanager
-def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callable[..., None]]]:
+def assembled(
+    config: TrainConfig, voice: Voice, scratch: Path | None = None
+) -> Iterator[tuple[Loop, Callable[..., None]]]:
     """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder: the loop's weights, or the
-    best ones."""
+    best ones. scratch: a folder for all that would be written; None: the run's own."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
     keep_caches_in(config.cache_dir)
@@ -92,65 +101,71 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
     if device.type == "cpu":
         keep_freed_memory()
     check_installed(config.trackers)
-    out = folder.choose(config)
-    if "tensorboard" in config.trackers and str(out).encode("utf-8", "replace").decode() != str(out):
+    chosen = folder.choose(config)
+    out = chosen if scratch is None else scratch / "run"
+    if "tensorboard" in config.trackers and str(chosen).encode("utf-8", "replace").decode() != str(chosen):
         raise InputError(
             "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave TensorBoard out"
         )
+    if scratch is not None:  # nobody else is to hear of what is only tried
+        config = dataclasses.replace(config, log_to=(), tensorboard=False)
 
     ask()
-    given = take(config, voice)
+    given = take(config, voice, scratch)
     shape, tokenizer, store, ids = given.shape, given.tokenizer, given.store, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
-        voice.say(f"peak learning rate {config.lr:.2g} for a model {shape.n_embd} wide")
+        voice.say("peak learning rate {0:.2g} for a model {1} wide", config.lr, shape.n_embd)
     elif config.lr == 0:
         voice.say("--lr 0: nothing will be learned")
     elif config.from_scratch and config.lr < RATE_BY_WIDTH / shape.n_embd / 4:
         right = RATE_BY_WIDTH / shape.n_embd
         voice.say(
-            f"--lr {config.lr:.2g} is for going on from trained weights: from scratch, about {right:.1g} learns more"
+            "--lr {0:.2g} is for going on from trained weights: from scratch, about {1:.1g} learns more",
+            config.lr,
+            right,
         )
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     with voice.phase("measuring which precision is faster"):
         dtype, why = _choose_precision(config, device, computed, store, out)
     asked = config  # as config.json has it: auto stays auto there
-    config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
+    with voice.phase("choosing how to batch"):
+        config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
     if not trusted.sdpa:
         plain_attention()
     order = order_of(config, store, given.held)
     ask()
     goes_on = config.resume and bool(checkpoint.listed(out))
-    with voice.phase(
-        "making the model" if config.from_scratch or goes_on else f"reading the weights of {given.model_folder}"
-    ):
+    what = "making the model" if config.from_scratch or goes_on else "reading the weights of {0}"
+    with voice.phase(what, given.model_folder):
         model = _model(config, given, varlen, goes_on=goes_on)
-    narrowed = None if ids is None else Narrowed(model, ids)
-    with enough_memory(config, device):
-        model.to(device)
-        optimizer = FlatAdamW(
-            model,
-            device,
-            dtype,
-            weight_decay=config.weight_decay,
-            max_norm=config.max_grad_norm,
-            kernels=trusted.kernels,
-        )
-    special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
-    files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
-    beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
-    never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
-    beside[GENERATION] = generation_config(special, never, shape.n_positions)
+        narrowed = None if ids is None else Narrowed(model, ids)
+        with enough_memory(config, device):
+            model.to(device)
+            optimizer = FlatAdamW(
+                model,
+                device,
+                dtype,
+                weight_decay=config.weight_decay,
+                max_norm=config.max_grad_norm,
+                kernels=trusted.kernels,
+            )
+        special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
+        files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
+        beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
+        never = never_ids(tokenizer, shape.vocab_size) | ({*narrowed.others()} if narrowed is not None else set())
+        beside[GENERATION] = generation_config(special, never, shape.n_positions)
 
     ask()
     with folder.claim(out, fresh=not config.resume) as claim, enough_memory(config, device):
-        identity = folder.identity(config, store, shape, dtype, order, given.validation)
-        table = None if ids is None else numbering(ids, store)
-        feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
-        pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
-        shapes = _shapes(order, feed)
         with voice.phase("compiling and recording the step" if device.type == "cuda" else "getting the step ready"):
+            identity = folder.identity(config, store, shape, dtype, order, given.validation)
+            table = None if ids is None else numbering(ids, store)
+            feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
+            pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
+            shapes = _shapes(order, feed)
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+            writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
         ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(
             config,
@@ -166,6 +181,7 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
             beside,
             claim.hold,
             narrowed,
+            Samples(out, writer, claim.hold, voice.say),
         )
         torch.manual_seed(config.seed)
         with voice.phase("reading the newest checkpoint"):
@@ -175,13 +191,13 @@ def assembled(config: TrainConfig, voice: Voice) -> Iterator[tuple[Loop, Callabl
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             claim.config = folder.write_config(out, asked, identity, store, device, dtype)
-        parameters = sum(p.numel() for p in model.parameters()) / 1e6
-        voice.say(f"{parameters:.1f} M parameters on {device} in {str(dtype)[6:]} ({why})")
-        voice.say(f"{order.steps:,} steps an epoch of {config.batch_size} poems, {about_batches}")
-        if state is not None:
+        if not voice.quiet:
+            voice.table(before(config, given, loop, chosen, dtype, why, about_batches))
+        if state is not None and loop.done > loop.last_step:
+            voice.say(f"step {loop.done} (past the {loop.last_step} asked for) is done: nothing is left to do")
+        elif state is not None:
             left = "nothing is left to do" if loop.is_over else "going on"
-            end = f"of {loop.last_step}" if loop.done <= loop.last_step else f"(past the {loop.last_step} asked for)"
-            voice.say(f"step {loop.done} {end} is done: {left}")
+            voice.say("step {0} of {1} is done: " + left, loop.done, loop.last_step)
 
         def export(goal: Path, weights: Mapping[str, Tensor] | None = None) -> None:
             claim.hold()
@@ -273,7 +289,7 @@ def _choose_batching(
         varlen, what = find_varlen(device, dtype, head_width)
         if device.type == "cuda" and why != what:
             why += f"; attention inside them: {what}"
-    return config, trusted, varlen, f"{WORDS[batching]} ({why})"
+    return config, trusted, varlen, voice.words(WORDS[batching], voice.words(why))
 
 
 def _shapes(order: Order, feed: Feed) -> list[Shape]:

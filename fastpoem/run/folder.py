@@ -47,7 +47,21 @@ FREE_ON_RESUME = frozenset(
         "log_every",
         "save_every",
     }
-    | {"keep", "log_to", "tensorboard", "sample", "data", "model", "from_scratch", "val_data", "best", "patience"}
+    | {
+        "keep",
+        "log_to",
+        "tensorboard",
+        "sample",
+        "data",
+        "model",
+        "from_scratch",
+        "val_data",
+        "best",
+        "patience",
+        "sample_every",
+        "quiet",
+        "lang",
+    }
 )
 IN_THE_STORE = frozenset(
     {"max_length", "convert", "buckets", "field", "line_break", "clean", "whole"}

@@ -32,9 +32,10 @@ from fastpoem.model.find import resolve_folder
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.paths import given_path, user_cache
 from fastpoem.run import checkpoint
-from fastpoem.run.metrics import Voice
+from fastpoem.run.console import Voice
 from fastpoem.run.validate import Validation
 
+UNKNOWN = "{0:.1%} of the tokens are [UNK], characters that the vocabulary lacks: {1} …; --grow-vocab adds them"
 NO_VALIDATION = "name a validation set with --val-data, or hold some poems out with --val-poems"
 
 
@@ -52,8 +53,8 @@ class Given(NamedTuple):
     ids: np.ndarray | None  # those that --vocab corpus trains, (K,) ascending; None: all
 
 
-def take(config: TrainConfig, voice: Voice) -> Given:
-    """Open everything that `config` names. Raises InputError."""
+def take(config: TrainConfig, voice: Voice, scratch: Path | None = None) -> Given:
+    """Open everything that `config` names. scratch: where to prepare a text that was not prepared before; None: where it is kept. Raises InputError."""
     source = named(config, config.data or (str(hub.BUNDLED / "poems.txt"),), "--data")
     ready = TokenStore.open(source.paths[0]) if is_store(source.paths[0]) else None
     name = config.model or (HUB_MODEL if config.data else str(hub.BUNDLED / "model"))
@@ -88,19 +89,19 @@ def take(config: TrainConfig, voice: Voice) -> Given:
         tokens = len(read(tokenizer, config.sample))  # as generate counts them
         if tokens >= min(128, shape.n_positions):
             raise InputError("--sample", f"{tokens} tokens leave no room for a poem", "give its first characters")
-    store = _open_store(config, source, ready, tokenizer, shape, voice)
-    for line in _lost(store):
-        voice.say(line)
+    store = _open_store(config, source, ready, tokenizer, shape, voice, scratch)
+    for said in _lost(store):
+        voice.say(*said)
     own = None
     if config.val_data:
         apart = dataclasses.replace(named(config, config.val_data, "--val-data"), line_break=tokenizer.line_break)
         ready = TokenStore.open(apart.paths[0]) if is_store(apart.paths[0]) else None
-        own = _open_store(config, apart, ready, tokenizer, shape, voice)
+        own = _open_store(config, apart, ready, tokenizer, shape, voice, scratch)
     with voice.phase("looking for copies of poems"):
         held = hold_out(store, 0 if own else config.val_poems, config.seed, dedup=config.dedup)
         validation = Validation(store, held.validation) if own is None else Validation(own, one_of_each(own), own=True)
-    for line in _sides(config, store, held, validation):
-        voice.say(line)
+    for said in _sides(config, store, held, validation):
+        voice.say(*said)
     for flag, asked in (("--best", config.best), ("--patience", config.patience)):
         if asked and not len(validation.rows):
             raise InputError(flag, "it goes by the validation loss, and nothing is held out", NO_VALIDATION)
@@ -164,38 +165,43 @@ def _refuse_new_line_break(config: TrainConfig, tokenizer: PoemTokenizer, shape:
         raise InputError(f"--line-break {brief(token, 40)}", "is no token of this model", mend)
 
 
-def _lost(store: TokenStore) -> Iterator[str]:
-    """What a person should know of the text, a line each: how it was read, what does not look like poems, poems that were cut, and [UNK]
+def _lost(store: TokenStore) -> Iterator[tuple[Any, ...]]:
+    """What a person should know of the text, a template with its values each: how it was read, what does not look like poems, poems that were cut, and [UNK]
     where it is more than a token in a hundred."""
     counts = store.manifest["counts"]
-    yield from store.manifest.get("look", {}).get("notes", ())
+    for note in store.manifest.get("look", {}).get("notes", ()):
+        yield (note,)
     if odd := odd_in_short(store):
-        yield odd
+        yield (odd,)
     if counts["truncated"]:
-        yield f"poems that were cut to {store.max_length} tokens: {counts['truncated']:,}"
+        yield "poems that were cut to {0} tokens: {1:,}", store.max_length, counts["truncated"]
     if counts["unknown"] > 0.01 * counts["tokens"]:
         often = " ".join(text for text, _ in store.manifest["unknown"][:8])
-        share = f"{counts['unknown'] / counts['tokens']:.1%} of the tokens are [UNK]"
-        yield f"{share}, characters that the vocabulary lacks: {often} …; --grow-vocab adds them"
+        share = counts["unknown"] / counts["tokens"]
+        yield UNKNOWN, share, often
 
 
-def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Validation) -> Iterator[str]:
-    """What is trained on once, twice and not at all, and what is validated on."""
+def _sides(config: TrainConfig, store: TokenStore, held: HeldOut, validation: Validation) -> Iterator[tuple[Any, ...]]:
+    """What is trained on once, twice and not at all, and what is validated on: templates with their values."""
     duplicates = store.manifest["counts"]["duplicates"]
     if config.dedup:
-        yield f"copies of other poems, not trained on: {held.repeats:,}"
+        yield "copies of other poems, not trained on: {0:,}", held.repeats
     elif duplicates:
-        yield f"copies of other poems: {duplicates:,} (--dedup trains on one of each)"
+        yield "copies of other poems: {0:,} (--dedup trains on one of each)", duplicates
     count = len(validation.rows)
     if validation.own:
-        yield f"validation on {count:,} poems of {', '.join(called(Path(one), one) for one in config.val_data)}"
+        names = ", ".join(called(Path(one), one) for one in config.val_data)
+        yield "validation on {0:,} poems of {1}", count, names
         if known := how_many_in(store, validation.store, validation.rows):
-            yield f"of these, {known:,} are in the training text too: on them the loss says nothing of new poems"
+            yield "of these, {0:,} are in the training text too: on them the loss says nothing of new poems", known
     elif count:
-        copies = f", and {held.copies:,} copies of them left out" if held.copies else ""
-        yield f"held out for validation: {count:,} poems{copies}"
+        yield (
+            "held out for validation: {0:,} poems" + ", and {1:,} copies of them left out" * bool(held.copies),
+            count,
+            held.copies,
+        )
     elif config.val_poems != 0 and store.rows - held.repeats >= 20:
-        yield "nothing is held out: with its copies, every poem drawn for it is more than 5% of the text"
+        yield ("nothing is held out: with its copies, every poem drawn for it is more than 5% of the text",)
 
 
 def _open_store(
@@ -205,6 +211,7 @@ def _open_store(
     tokenizer: PoemTokenizer,
     shape: GPT2Config,
     voice: Voice,
+    scratch: Path | None,
 ) -> TokenStore:
     """The token store of the run's text, made if need be."""
     longest = shape.n_positions
@@ -225,23 +232,28 @@ def _open_store(
         if store.buckets[-1].length > longest:
             reason = f"holds poems of {store.buckets[-1].length} tokens, the model has {longest} positions"
             raise InputError(store.path, reason, f"prepare the text again with --max-length {longest}")
-        with voice.phase(f"checking {store.path}"):
+        with voice.phase("checking {0}", store.path):
             store.verify()
         return store
     cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
     if not config.data and cache is None:  # not beside the package's own files
         cache = user_cache()
     begin = time.perf_counter()
-    with voice.phase(f"reading {called(source.paths[0], source.name)}"):
+    with voice.phase("reading {0}", called(source.paths[0], source.name)):
         store = cached_store(
             source,
             tokenizer,
             cache_dir=cache,
+            make_in=scratch,
             max_length=config.max_length or min(512, longest),
             buckets=config.buckets or 32,
         )
     voice.say(
-        f"{store.rows:,} poems of {called(source.paths[0], source.name)} in {store.path} ({time.perf_counter() - begin:.1f} s)"
+        "{0:,} poems from {1} (cached in {2}, {3:.1f} s)",
+        store.rows,
+        called(source.paths[0], source.name),
+        store.path,
+        time.perf_counter() - begin,
     )
     return store
 

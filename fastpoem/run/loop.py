@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from fastpoem import disk
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Rows
 from fastpoem.corpus.plan import Order
+from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
 from fastpoem.errors import Ended, InputError
@@ -30,13 +31,17 @@ from fastpoem.model.vocabulary import EMBEDDING, Narrowed
 from fastpoem.run import best, checkpoint, tally
 from fastpoem.run.best import Best
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
-from fastpoem.run.metrics import Mark, Metrics, Voice, epoch_line, step_line
-from fastpoem.run.tally import NOTHING, Tally
+from fastpoem.run.console import Figures, Voice, epoch_line, step_line
+from fastpoem.run.metrics import Mark, Metrics
+from fastpoem.run.samples import Samples, due, is_finite
+from fastpoem.run.tally import NOTHING, Recent, Tally
 from fastpoem.run.trackers import Trackers
 from fastpoem.run.validate import Told, Validation
-from fastpoem.signals import StopRequest
+from fastpoem.run.words import clock
+from fastpoem.signals import Stopped, StopRequest
 
 SAVE_SECONDS = 600.0  # between checkpoints, where --save-every does not say which steps have one
+WORTH_SAYING = 30.0  # seconds that a run takes, before it is said how long it will
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 FLATS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -66,6 +71,7 @@ class Loop:
     beside: Mapping[str, bytes]  # what lies beside the weights in a model folder
     hold: Callable[[], None]  # raises where the folder is another run's by now
     narrowed: Narrowed | None = None  # where not every id is trained
+    samples: Samples | None = None  # poems on the way
     done: int = 0
     _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
     _val_loss: float | None = None  # after the last step, where it ended an epoch
@@ -89,11 +95,17 @@ class Loop:
         except InputError:
             self.close()
             raise
+        if self.samples is not None:
+            over = self.done >= self.last_step
+            self.samples.begin(
+                lambda step: step < self.done or (step == self.done and (over or self._is_sampled(step)))
+            )
 
     def __post_init__(self) -> None:
         # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
         self._copying: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
+        self._recent, self._estimated = Recent(), False
         self._copies = {
             name: getattr(self.step.optimizer, name).clone() for name in FLATS
         }  # clone: pages are touched now, not at a save
@@ -141,8 +153,11 @@ class Loop:
 
     def _run(self, stop: StopRequest) -> int | None:
         self.model.train()
-        self.voice.start(self.done, self.last_step)
+        self.voice.busy = lambda: self.saver.busy
+        self.voice.start(self.done, self.last_step, self.order.steps, self.config.epochs)
         try:
+            if self.done and self._is_sampled(self.done) and not self._epoch_due:
+                self._sample()  # a signal came before it was done
             while not self.is_over and stop.signal is None:
                 if not self._epoch_due:
                     self.one_step()
@@ -152,6 +167,8 @@ class Loop:
                     self.save(last=self.is_over)
                 elif self.config.save_every is None and self._is_time():
                     self.save(passing=True)
+                if self._is_sampled(self.done) and not self.is_over:
+                    self._sample()
             if stop.signal is not None and (self.done, self._epoch_due) != self._saved_at:
                 self.save(passing=True, last=True)
             self._finish_saving(stop)
@@ -159,6 +176,8 @@ class Loop:
                 self.voice.say(f"stopped after {self.best.since} epochs without a lower validation loss (--patience)")
             elif stop.signal is None and self.done % self.order.steps:
                 self._end_epoch(stop)  # cut short by max_steps: said last, as a longer run would not have said it here
+            if stop.signal is None and self.config.sample_every != 0:
+                self._sample()
         finally:
             self.voice.stop()
         return stop.signal
@@ -192,11 +211,15 @@ class Loop:
             self.voice.say(f"step {self.done}: the model was compiled again, which its warm-up should have spared it")
             self._forms = forms
         self.tally.add(rows.tokens, config.batch_size, took)
+        if self.voice.live and self.device.type == "cpu":  # where looking costs nothing
+            self._show(self._recent.add(self.step.result(), rows.tokens, took))
         if speak or diverged:
             self._tell(epoch, lr, rows)
         if diverged:
             self._give_up()
         self.voice.advance()
+        if not self._estimated and (speak or self.device.type == "cpu"):
+            self._estimate()
 
     def _look(self) -> None:
         """Report losses far above those before them."""
@@ -216,7 +239,36 @@ class Loop:
         row |= {"poems": self.config.batch_size, "tokens": rows.tokens, **self.tally.row(self.step.totals())}
         self.metrics.write(row)
         left = self.tally.seconds_left(self.last_step - self.done)
-        self.voice.say(step_line(row, self.config.epochs, self.last_step, left))
+        self.voice.say(
+            step_line(row, self.config.epochs, self.last_step, left, self.voice.lang, left=not self.voice.live)
+        )
+        if self.device.type != "cpu":
+            self._show((row["loss_mean"], row["accuracy_mean"], row["tokens_per_s"]))
+
+    def _show(self, newest: tuple[float, float, float]) -> None:
+        """Have the live display show (loss, accuracy, tokens a second), and what else is known without asking the device."""
+        self.voice.figures = Figures(*newest, self.tally.seconds_left(1), held(self.device))
+
+    def _estimate(self) -> None:
+        """Say how long the whole run takes, once that can be known."""
+        if (left := self.tally.seconds_left(self.last_step - self.done)) is not None:
+            self._estimated, whole = True, self.tally.seconds + left
+            if left > WORTH_SAYING:
+                self.voice.say("the whole run will take about {0}, validation apart", clock(whole))
+
+    def _is_sampled(self, step: int) -> bool:
+        return due(step, self.order.steps, self.config.sample_every)
+
+    def _sample(self) -> None:
+        """A few poems from the weights as they are, once a step. A signal that comes meanwhile is the loop's to answer."""
+        samples = self.samples
+        if samples is None or samples.broken or samples.has(self.done) or not is_finite(self.step.optimizer.master):
+            return
+        with suppress(Stopped), self.voice.phase("writing a few poems"):
+            if poems := samples.take(self.done, self.done / self.order.steps):
+                self.voice.say("poems after step {0:,}:", self.done)
+                for poem in poems:
+                    self.voice.say("  " + poem.replace("\n", "\n  "))
 
     def _give_up(self) -> None:
         """Save what there is, which the failed steps have not touched, and raise Diverged with where it is."""
@@ -241,7 +293,8 @@ class Loop:
         if len(self.validation.rows):
             batches = self.validation.batches(self.config.batch_size, self.feed.table, stop)
             try:
-                with self.voice.phase(f"validating on {len(self.validation.rows):,} poems"):
+                with self.voice.phase("validating on {0:,} poems", len(self.validation.rows)) as at:
+                    batches = _counted(batches, len(self.validation.rows), at)
                     found = evaluate(self.model, batches, self.device, self.step.pad_id, self.step.optimizer.kernels)
             except Told:
                 self.model.train()
@@ -251,7 +304,7 @@ class Loop:
         self._epoch_due, self._val_loss, self.tally.told = False, row["val_loss"], NOTHING
         self.step.reset()
         self.metrics.write(row)
-        self.voice.say(epoch_line(row, self.config.epochs))
+        self.voice.say(epoch_line(row, self.config.epochs, self.voice.lang))
         return True
 
     def _is_due(self) -> bool:
@@ -267,7 +320,8 @@ class Loop:
         """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread.
 
         passing: it is not due, and makes way for the next that is. last: training does not go on after it."""
-        self.saver.wait()
+        with self.voice.phase("waiting for the last checkpoint to be written"):
+            self.saver.wait()
         self._saved_at = (self.done, self._epoch_due)
         for name, copy in self._copies.items():
             copy.copy_(getattr(self.step.optimizer, name))
@@ -361,6 +415,15 @@ class Loop:
     def _is_regular(self, step: int) -> bool:
         """Is this a step that is logged however long the run is?"""
         return step == 1 or step % self.config.log_every == 0 or step % self.order.steps == 0
+
+
+def _counted(batches: Iterable[Rows], poems: int, at: Callable[[int, int], None]) -> Iterator[Rows]:
+    """`batches` as they come, with `at` called with how many poems were in those before."""
+    done = 0
+    for rows in batches:
+        at(done, poems)
+        yield rows
+        done += len(rows.where)
 
 
 def check_state(state: Mapping[str, Any]) -> None:

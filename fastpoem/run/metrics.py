@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, lines and a progress bar for a person, and the mirrors of it that were asked for."""
+"""What a run tells programs: metrics.jsonl, and the mirrors of it that were asked for. What it tells a person is `fastpoem.run.console`'s."""
 
 from __future__ import annotations
 
@@ -7,20 +7,14 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fastpoem import disk
 from fastpoem.run.trackers import Trackers
 
 LONGEST_ROW = 1 << 16  # bytes
-NOTICED = 3.0  # seconds of silence after which somebody wonders
 
 
 class Mark(NamedTuple):
@@ -160,94 +154,3 @@ def _is_same(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), path.stat())
     except FileNotFoundError:
         return False
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Nobody listens any more, which is no reason to stop training."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
-
-
-class Voice:
-    """Lines on the console, with a bar below them where there is a terminal."""
-
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = _Console(highlight=False, quiet=quiet, soft_wrap=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total}"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=quiet or not self.console.is_terminal,
-        )
-        self._task: TaskID | None = None
-
-    def say(self, line: str) -> None:
-        try:
-            spelled = line.encode(self.console.encoding, "backslashreplace").decode(self.console.encoding)
-            self.console.print(spelled, markup=False)
-        except OSError:  # a terminal that is gone
-            self.console.on_broken_pipe()
-
-    @contextmanager
-    def phase(self, what: str) -> Iterator[None]:
-        """Inside, something is done that says nothing of its own: if it lasts long enough to be noticed, `what` is said."""
-        timer = threading.Timer(NOTICED, self.say, [f"{what} …"])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def start(self, done: int, total: int) -> None:
-        self._progress.start()
-        self._task = self._progress.add_task("training", completed=done, total=total)
-
-    def advance(self) -> None:
-        if self._task is not None:
-            self._progress.advance(self._task)
-
-    def stop(self) -> None:
-        self._progress.stop()
-        self._task = None
-
-
-def step_line(row: dict[str, Any], epochs: int, last_step: int, seconds_left: float | None) -> str:
-    """A logged step for a person, in 100 columns. `row` as in metrics.jsonl, its losses possibly not finite; the loss and the accuracy
-    shown are the means since the last line, as one step's follow the length of its poems. seconds_left: None where nobody knows."""
-    line = (
-        f"epoch {row['epoch']}/{epochs}  step {row['step']}/{last_step}  lr {row['lr']:.1e}  mean loss {row['loss_mean']:.3f}  "
-        f"acc {_share(row['accuracy_mean'])}  {_rounded(row['tokens_per_s'])} tok/s"
-    )
-    if seconds_left is not None:
-        minutes, seconds = divmod(round(seconds_left), 60)
-        hours, minutes = divmod(minutes, 60)
-        line += f"  left {hours}:{minutes:02d}:{seconds:02d}"
-    if "skipped" in row:
-        why = f"too large for fp16; the loss scale is now {row['loss_scale']:,.0f}" if "loss_scale" in row else ""
-        line += f"  skipped {row['skipped']} ({why or 'loss or gradient not finite'})"
-    return line
-
-
-def _share(amount: float) -> str:
-    """9.8%, 100%."""
-    return f"{amount:.1%}".replace("100.0%", "100%")
-
-
-def _rounded(amount: float) -> str:
-    """Three digits of it: 508, 12.3k, 1.24M."""
-    if amount < 999.5:
-        return f"{amount:.0f}"
-    unit, size = ("k", 1e3) if amount < 999.5e3 else ("M", 1e6)
-    return f"{amount / size:#.3g}".rstrip(".") + unit
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    line = f"epoch {row['epoch']}/{epochs}  mean loss {row['mean_loss']:.4f}  accuracy {row['mean_accuracy']:.2%}"
-    if row["val_loss"] is not None:
-        line += f"  validation loss {row['val_loss']:.4f}  accuracy {row['val_accuracy']:.2%}"
-    return line

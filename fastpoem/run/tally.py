@@ -7,15 +7,17 @@ resumed run's rows are those of one that was never stopped.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from fastpoem.engine.step import NOTED, Totals
+from fastpoem.engine.step import NOTED, StepResult, Totals
 from fastpoem.run.watch import WINDOW, Spike, Watch
 
+RECENT = 20  # steps, for figures that are looked at while they change
 UNTIMED, TIMED = 5, 5  # a process's first steps are slow, and a few more say how fast the rest will be
 NOTHING = Totals(0.0, 0, 0, 0, 0)
 
@@ -30,6 +32,7 @@ class Tally:
     spike: Spike | None = None  # the worst since the last row
     _before_last: tuple[Totals, Spike | None] = (NOTHING, None)  # these two before the last row
     _since: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "poems": 0, "seconds": 0.0})
+    here: dict[str, float] = field(default_factory=lambda: {"tokens": 0, "poems": 0, "seconds": 0.0})  # this process's
     _steps: int = 0  # of this process
     _timed: float = 0.0  # seconds of those past the first few
 
@@ -41,6 +44,7 @@ class Tally:
         self.seconds += seconds
         for name, amount in (("tokens", tokens), ("poems", poems), ("seconds", seconds)):
             self._since[name] += amount
+            self.here[name] += amount
         self._steps += 1
         self._timed += seconds if self._steps > UNTIMED else 0.0
 
@@ -78,6 +82,24 @@ class Tally:
         self.seconds, self.told = state["seconds"], Totals(*state["told"])
         self.spike = state["spike"] and Spike(*state["spike"])
         self.watch.restore(state["watch"])
+
+
+class Recent:
+    """The last few steps."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[StepResult, int, float]] = deque(maxlen=RECENT)
+
+    def add(self, result: StepResult, tokens: int, seconds: float) -> tuple[float, float, float]:
+        """A step was done: (mean loss, accuracy, tokens a second) of the last few."""
+        self._steps.append((result, tokens, seconds))
+        results, every, took = zip(*self._steps, strict=True)
+        learned = [one for one in results if not one.skipped]
+        weights = sum(one.counted for one in learned)
+        if not weights:
+            return math.nan, math.nan, sum(every) / sum(took)
+        loss = sum(one.loss * one.counted for one in learned) / weights
+        return loss, sum(one.correct for one in learned) / weights, sum(every) / sum(took)
 
 
 def fits(state: Mapping[str, Any]) -> bool:

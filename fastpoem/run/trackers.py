@@ -50,7 +50,7 @@ class Trackers:
     """Those of one run, fed row by row."""
 
     def __init__(
-        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, done: int, say: Callable[[str], None]
+        self, names: Sequence[str], folder: Path, settings: Mapping[str, Any], *, done: int, say: Callable[..., None]
     ) -> None:
         """done: the steps that a resumed run goes on from, 0 for a new one. Raises InputError for one that does not start."""
         self._say, self._open = say, dict[str, Tracker]()
@@ -96,7 +96,7 @@ class Trackers:
 
     def _ends(self, name: str, error: Exception) -> None:
         del self._open[name]
-        self._say(f"{KINDS[name].title}'s curves end here, they could not be written: {first_line(error)}")
+        self._say("{0}'s curves end here, they could not be written: {1}", KINDS[name].title, first_line(error))
 
 
 def check_installed(names: Sequence[str]) -> None:

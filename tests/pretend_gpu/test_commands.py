@@ -228,7 +228,7 @@ def test_missing_tools_are_named_at_the_start(command, tiny, tmp_path):
     bare = {"PATH": str(tmp_path), "CC": ""}
     refused = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "on", extra=bare)
     assert refused.code == 2 and "--compile on: there is no C compiler" in refused.said
-    assert len(refused.said.splitlines()) == 1 or "poems of" in refused.said.splitlines()[0]
+    assert len(refused.said.splitlines()) == 1 or "poems from" in refused.said.splitlines()[0]
 
 
 def test_memory_that_runs_out_is_a_line(command, wide, tmp_path):

@@ -5,9 +5,11 @@ it must catch is planted and caught.
 """
 
 import contextlib
+import gc
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -21,9 +23,9 @@ from fastpoem.engine.compile import forms
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.step import Pieces, account, rng_state
 from fastpoem.errors import InputError
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
 BUCKETS = ["--batching", "bucket", "--buckets", "32"]  # so many are not taken together, however small the text
@@ -37,8 +39,8 @@ class Heard(Voice):
         super().__init__(quiet=True)
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def say(self, english: str, *values: object) -> None:
+        self.lines.append(self.words(english, *values))
 
 
 @contextlib.contextmanager
@@ -217,7 +219,7 @@ def test_a_planted_item_breaks_the_recording_and_training_goes_on(tiny, tmp_path
         begun = tape.take()
         steps = observe(loop, tape)
     assert any(entry.words[0].startswith("cudaStreamSynchronize") for entry in begun.refused)
-    assert [one.failed for one in begun.captures] == [True]
+    assert [one.failed for one in begun.captures if one.nodes > 1] == [True]
     assert any("could not be recorded as a CUDA graph" in line and "one by one" in line for line in said)
     assert len(steps) == 14
     for step in steps[1:-1]:
@@ -335,11 +337,17 @@ def _takes_all_memory(step):
         step.too_much = torch.empty(torch.cuda.mem_get_info()[1], dtype=torch.uint8, device=step.device)
 
 
+def _takes_all_memory_first(step):
+    if torch.cuda.current_stream() != torch.cuda.default_stream() and not torch.cuda.is_current_stream_capturing():
+        step.too_much = torch.empty(torch.cuda.mem_get_info()[1], dtype=torch.uint8, device=step.device)
+
+
 FAULTS = {
     "an error": (_raises(RuntimeError("planted\nmore of it")), "(planted)"),
     "an error without words": (_raises(MemoryError()), "(MemoryError)"),
     "a question": (_asks, "operation"),
     "memory": (_takes_all_memory, "out of memory"),
+    "memory before": (_takes_all_memory_first, "out of memory"),
 }
 
 
@@ -374,9 +382,106 @@ def test_a_recording_that_fails_late_costs_its_own_shapes_alone(tiny, tmp_path, 
     assert len(about) == 1 and words in about[0] and about[0].count("\n") == 0 and "a step of" in about[0]
     launched = [len(step.log.graph_launches) for step in steps]
     assert launched == [1] * epoch + [0] * epoch + [1] * epoch
-    assert sum(len(step.log.captures) for step in steps) == 1
+    captured = sum(one.nodes > 1 for step in steps for one in step.log.captures)  # beside the one that mends PyTorch
+    assert captured == (what != "memory before")
     for step in (*steps[1 : epoch - 1], *steps[2 * epoch + 1 : -1]):
         step.assert_lean()
+
+
+def graph_memory() -> int:
+    """Bytes held for graphs."""
+    return sum(part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] != (0, 0))
+
+
+@pytest.mark.parametrize("when", ["at once", "late"])
+def test_after_a_recording_that_fails_the_plain_step_goes_on_as_if_nothing_had_been(
+    tiny, tmp_path, tape, monkeypatch, when
+):
+    """Dropout on, two epochs: the same launches, and the generator where the plain run has it, after each step. Memory is given back."""
+    armed = []
+
+    def asks(to, loss, *rest):
+        if armed and torch.cuda.is_current_stream_capturing():
+            loss.item()
+        account(to, loss, *rest)
+
+    monkeypatch.setattr(Pieces, "plain", lambda model, device: Pieces(model, account=asks))
+    runs = {}
+    for fails in (False, True):
+        armed[:] = [True] if fails and when == "at once" else []
+        torch.cuda.empty_cache()
+        before = graph_memory()
+        more = ["--out", tmp_path / str(fails), "--compile", "off", "--epochs", 2, "--log-every", 1000]
+        with training(tiny, *more) as (loop, said), monkeypatch.context() as patch:
+            armed[:] = [True]
+            if not fails:
+                loop.step.launch = None
+            if when == "late":
+                LateShapes(patch, 7)
+            elif fails:
+                assert graph_memory() == before
+            runs[fails] = observe(loop, tape)
+        del loop
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert graph_memory() == before
+    assert sum("could not be recorded" in line for line in said) == 1
+    plain, gone_on = runs[False], runs[True]
+    assert [step.offset for step in gone_on] == [step.offset for step in plain] and len(plain) == 28
+    launched = [bool(step.log.graph_launches) for step in gone_on]
+    assert launched == ([False] * 28 if when == "at once" else [True] * 7 + [False] * 21)
+    for one, other in zip(gone_on[8:], plain[8:], strict=True):
+        assert [*map(str, one.log.done)] == [*map(str, other.log.done)]
+    assert graph_memory() == before
+
+
+class Garbage:
+    """Of a kind that only the collector finds."""
+
+    found: ClassVar[list[bool]] = []  # one for each: whether it was found while this thread captured
+
+    def __init__(self, graph: torch.cuda.CUDAGraph | None) -> None:
+        self.myself, self.graph = self, graph
+
+    def __del__(self) -> None:
+        self.found.append(torch.cuda.is_current_stream_capturing())
+        if self.graph is None:
+            with contextlib.suppress(RuntimeError):
+                torch.cuda.synchronize()  # forbidden, as it is to unload a module of Triton's
+
+
+@pytest.mark.parametrize("what", ["a graph", "what a capture forbids"])
+@pytest.mark.parametrize("collected", [False, True])  # the control: it breaks the recording
+def test_garbage_does_not_break_a_recording(tiny, tmp_path, tape, monkeypatch, what, collected):
+    """It comes in the middle of a capture, and the collector would run at once."""
+    number, graphs = torch.zeros(1, device="cuda"), []
+    for _ in range(8 if what == "a graph" else 0):
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1]):
+            number.zero_()
+
+    def litters(*told):
+        account(*told)
+        if torch.cuda.is_current_stream_capturing():
+            Garbage(graphs.pop() if graphs else None)
+            gc.set_threshold(1)
+            [[] for _ in range(100)]
+            gc.set_threshold(*threshold)
+
+    threshold = gc.get_threshold()
+    monkeypatch.setattr(Garbage, "found", [])
+    monkeypatch.setattr(Pieces, "plain", lambda model, device: Pieces(model, account=litters))
+    if collected:
+        monkeypatch.setattr("fastpoem.engine.graphs.nothing_collected", contextlib.nullcontext)
+    with training(tiny, "--out", tmp_path / "run", "--compile", "off") as (loop, said):
+        broken = any("could not be recorded" in line for line in said)
+        assert gc.isenabled() and any(Garbage.found) == collected
+        steps = observe(loop, tape)
+    assert len(steps) == 14
+    # A newer PyTorch destroys graphs in a mode in which a capture bears it.
+    assert broken == collected or (what == "a graph" and torch.__version__ >= "2.12" and not broken)
+    gc.collect()
+    assert len(Garbage.found) >= 1
 
 
 def test_there_are_no_more_recordings_than_there_may_be(tiny, tmp_path, tape, monkeypatch):

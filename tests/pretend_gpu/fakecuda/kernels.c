@@ -156,6 +156,7 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) { return load("cu
 CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned n, CUjit_option* options, void** values) {
     return load("cuModuleLoadDataEx", module);
 }
+CUresult cuModuleUnload(CUmodule module) { return unsafe("cuModuleUnload"); }
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
     *function = malloc(16);
     name_it(*function, strdup(name));

@@ -294,6 +294,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* executable, cudaGraph
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
     return cudaGraphInstantiateWithFlags(executable, graph, flags);
 }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return unsafe("cudaGraphExecDestroy"); }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
     *count = ((Graph*)graph)->nodes;
     return OK;

@@ -1,0 +1,203 @@
+"""`python -m fastpoem.evaluate --model DIR --data SRC`: what a model makes of poems, and what its own are like.
+
+`--json` prints one object: `model`, `data`, `poems`, `tokens`, `loss` (nats a token, Hugging Face's masked loss), `perplexity`, `accuracy`,
+`loss_per_poem`, `perplexity_per_character`, `unknown_share`, `loss_without_unknown`, `frequencies_only`, `by_length` and `by_form` (lists of
+`name`, `poems`, `loss`, `accuracy`), `written` (null with --count 0).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastpoem import signals
+from fastpoem.cli import parse, prog, run_command
+from fastpoem.errors import InputError
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Loss and accuracy of a trained model on poems, and how many of its own poems are in form, rhyme, repeat or copy."""
+
+    model: str
+    """A run's folder, the folder of a model, or a Hugging Face name."""
+    data: tuple[str, ...]
+    """Poems, in any form that training takes. Several are one set."""
+    field: str | None = None
+    """Column (or key) that holds the poem in .csv, .tsv and JSON. None: content, text, paragraphs and the like are tried."""
+    poems: int | None = None
+    """At most so many poems, drawn by --seed. None: all."""
+    count: int = 100
+    """Poems to write and to look at: forms, rhymes, repetition, and what is copied from --data. 0: none."""
+    temperature: float = 1.0
+    """Of the poems that are written."""
+    top_k: int = 50
+    """Of the poems that are written: the likeliest characters to choose among."""
+    batch_size: int = 32
+    """Poems at a time."""
+    seed: int = 0
+    """Draws --poems, and the poems that are written."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    cache_dir: str | None = None
+    """Where the prepared token store is kept. None: .fastpoem/ beside the text."""
+    json: bool = False
+    """Print one JSON object and nothing else."""
+
+    def check(self) -> EvaluateConfig:
+        for name, low in (("poems", 1), ("count", 0), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {low} or more")
+        return self
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    config = parse(EvaluateConfig, argv, prog=prog("evaluate")).check()
+    signals.imported("numpy", "torch", "tokenizers", "fastpoem.run.evaluation")  # which take seconds
+    report = evaluate(config, lambda line: print(f"fastpoem: {line}", file=sys.stderr, flush=True))
+    if config.json:
+        print(json.dumps(report, ensure_ascii=False, allow_nan=False))
+    else:
+        show(report)
+    return 0
+
+
+def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, Any]:
+    """The report, as `--json` has it. Raises InputError."""
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from fastpoem.corpus.source import Source, source_files
+    from fastpoem.corpus.store import TokenStore, cached_store, is_store
+    from fastpoem.corpus.tokenize import PoemTokenizer
+    from fastpoem.corpus.tokenizer_files import never_ids
+    from fastpoem.engine.compile import keep_caches_in
+    from fastpoem.engine.precision import choose_device
+    from fastpoem.generation.poems import sample
+    from fastpoem.generation.spell import Speller
+    from fastpoem.model import hub
+    from fastpoem.model.find import resolve_folder
+    from fastpoem.model.gpt2 import GPT2
+    from fastpoem.model.vocabulary import never_written
+    from fastpoem.run import evaluation
+    from fastpoem.run.trained import trained_model
+
+    keep_caches_in(config.cache_dir)
+    source = Source.given(config.data, field=config.field)
+    stores = [path for path in source.paths if is_store(path)]
+    if stores and len(source.paths) > 1:
+        raise InputError(stores[0], "is a token store, which stands alone", "give --data all texts, or one store")
+    if not stores:
+        source_files(source)  # raises for what is not there
+    folder = resolve_folder(trained_model(config.model, say))
+    shape, _ = hub.read_config(folder)
+    hub.refuse_too_large(shape, folder, 8, "to load")
+    tokenizer = PoemTokenizer.load(folder)
+    if stores:
+        store = TokenStore.open(stores[0])
+        store.verify()
+    else:
+        cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
+        source = replace(source, line_break=tokenizer.line_break)
+        store = cached_store(source, tokenizer, cache_dir=cache, max_length=min(512, shape.n_positions), say=say)
+    if (store.fingerprint, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
+        raise InputError(store.path, "was made with another tokenizer", "give the text itself as --data")
+    if store.buckets[-1].length > shape.n_positions or tokenizer.vocab_size > shape.vocab_size:
+        raise InputError(
+            store.path, "does not fit the model", "give the text itself as --data, and the model's own folder"
+        )
+    device = choose_device(config.device, say)
+    model = GPT2(shape).eval()
+    hub.load_weights(model, folder)
+    model.to(device)
+    rows = np.arange(store.rows)
+    if config.poems is not None and config.poems < store.rows:
+        rows = np.sort(np.random.default_rng(config.seed).choice(store.rows, config.poems, replace=False))
+    untrained = {*never_written(folder, shape.vocab_size)} - never_ids(tokenizer, shape.vocab_size)
+    with Progress(transient=True, console=Console(stderr=True)) as progress:
+        task = progress.add_task("evaluating", total=len(rows))
+        scores = evaluation.score(
+            model, store, rows, tokenizer, device, untrained, config.batch_size,
+            lambda poems: progress.update(task, completed=poems),
+        )  # fmt: skip
+    del model
+    speller = Speller(tokenizer.library, None)
+    frame = {tokenizer.cls_id, tokenizer.sep_id}
+    texts = (speller.text([one for one in store[row].tolist() if one not in frame]) for row in rows.tolist())
+    report: dict[str, Any] = {"model": str(folder), "data": [str(path) for path in source.paths]}
+    report |= evaluation.summary(scores, bool(untrained))
+    report |= {
+        "frequencies_only": evaluation.frequencies_only(store, rows),
+        "by_length": evaluation.by_length(scores),
+        "by_form": evaluation.by_form(scores, texts),
+        "written": None,
+    }
+    if config.count:
+        own = sample(
+            folder,
+            count=config.count,
+            seed=config.seed,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            device=str(device),
+        )
+        report["written"] = evaluation.written(own, tokenizer, store)
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    console.print(f"{report['poems']:,} poems, {report['tokens']:,} tokens\n", markup=False)
+    console.print(f"loss                     {report['loss']:.4f}", style="bold")
+    lines = [
+        ("perplexity", f"{report['perplexity']:.1f}"),
+        ("accuracy", f"{report['accuracy']:.1%}"),
+        ("loss per poem", f"{report['loss_per_poem']:.1f}"),
+        ("[UNK] among the tokens", f"{report['unknown_share']:.2%}"),
+        ("loss without [UNK]", _number(report["loss_without_unknown"])),
+        ("frequencies alone", f"{report['frequencies_only']:.4f}"),
+    ]
+    if "loss_among_trained" in report:
+        lines.append(("loss among trained ids", _number(report["loss_among_trained"])))
+    for name, value in lines:
+        console.print(f"{name:24} {value}", markup=False)
+    for title, key in (("characters", "by_length"), ("form", "by_form")):
+        table = Table(box=None, pad_edge=False, title_justify="left")
+        for name in (title, "poems", "loss", "accuracy"):
+            table.add_column(name, justify="left" if name == title else "right", min_width=10)
+        for row in report[key]:
+            table.add_row(row["name"], f"{row['poems']:,}", f"{row['loss']:.4f}", f"{row['accuracy']:.1%}")
+        console.print("", table)
+    if (own := report["written"]) is not None:
+        said = [
+            ("in a form", f"{own['in_form']:.0%}  {' '.join(f'{k} {n}' for k, n in own['forms'].items())}"),
+            ("rhyming", f"{own['rhyming']:.0%}"),
+            ("tones right, in a form", f"{own['regulated']:.0%}"),
+            ("with a run of 4 twice", f"{own['repeating']:.0%}"),
+            ("different poems", f"{own['distinct']:.0%}"),
+            (
+                "longest run copied",
+                f"{own['longest_copied']} tokens, {own['median_copied']:.0f} in the median; {own['copied_whole']} poems whole",
+            ),
+        ]
+        console.print(f"\nof {own['poems']} poems written by the model", markup=False)
+        for name, value in said:
+            console.print(f"{name:24} {value}", markup=False)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    run_command(main)

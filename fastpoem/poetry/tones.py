@@ -1,0 +1,96 @@
+"""Level and oblique tones (平仄): those of a text's characters, and whether they go as regulated verse has them.
+
+A line of five goes by one of four patterns, a line of seven puts two characters before it. Which line has which follows from how the poem
+begins (平起, 仄起) and from whether its first line rhymes (首句入韵): four schemes. What the rules let go either way is 中, and so is a character
+that the book knows in both tones. Told are the characters that are off under the scheme that fits best. Of the exceptions known as 拗救, the
+common one within a line is let pass (平平仄平仄); those across two lines are not, nor is the first line of a poem held to its couplet's 粘 alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import NamedTuple
+
+from fastpoem.poetry.forms import FORMS, form_of, lines_of
+from fastpoem.poetry.rhyme import PINGSHUI, book, ends
+
+LEVEL, OBLIQUE, EITHER, UNKNOWN = "平", "仄", "中", "？"
+OTHER = {LEVEL: OBLIQUE, OBLIQUE: LEVEL}
+# Lines of five by the tone of their second character and of their last
+_PATTERNS = {
+    (OBLIQUE, OBLIQUE): ("中仄中平仄",),
+    (LEVEL, OBLIQUE): ("中平中仄仄", "中平仄平仄"),
+    (LEVEL, LEVEL): ("平平中仄平", "中平平仄平"),  # one level tone alone before the last would be 孤平
+    (OBLIQUE, LEVEL): ("中仄仄平平",),
+}
+
+
+class Fault(NamedTuple):
+    """A character whose tone is off. line, place: from 1."""
+
+    line: int
+    place: int
+    character: str
+
+
+class Tones(NamedTuple):
+    """lines: 平, 仄, 中 (either) or ？ (not in the book) of each character. scheme: the one that fits best, None for a text in no form."""
+
+    lines: tuple[str, ...]
+    scheme: str | None
+    faults: tuple[Fault, ...]
+
+    @property
+    def regulated(self) -> bool | None:
+        """Whether no tone is off; None for a text in no form."""
+        return None if self.scheme is None else not self.faults
+
+
+@functools.cache
+def tone_of(character: str, by: str = PINGSHUI) -> str:
+    """平, 仄, 中 or ？."""
+    table = book(by)
+    levels = {table.groups[number].level for number in table.of.get(character, ())}
+    return EITHER if len(levels) > 1 else UNKNOWN if not levels else LEVEL if levels.pop() else OBLIQUE
+
+
+def tones(poem: str, by: str = PINGSHUI) -> Tones:
+    """The tones of every line, and for a poem in a form what is off by the rules of regulated verse."""
+    text = lines_of(poem)
+    lines = tuple("".join(tone_of(one, by) for one in line) for line in text)
+    if (form := form_of(poem)) is None:
+        return Tones(lines, None, ())
+    fitting = {name: _off(lines, kinds) for name, kinds in _schemes(form)}
+    first, *last = (book(by).of.get(one, frozenset()) for one in (text[0][-1], *ends(poem)))
+    likely = "首句入韵" if first.intersection(*last) else "首句不入韵"  # between schemes that fit as well
+    scheme = min(fitting, key=lambda name: (len(fitting[name]), likely not in name))
+    return Tones(lines, scheme, tuple(Fault(line + 1, at + 1, text[line][at]) for line, at in fitting[scheme]))
+
+
+@functools.cache
+def _schemes(name: str) -> list[tuple[str, tuple[tuple[str, ...], ...]]]:
+    """(name, patterns of each line) of each scheme of a form."""
+    form, found = FORMS[name], []
+    for begins, first_rhymes in itertools.product((OBLIQUE, LEVEL), (False, True)):
+        kinds = []
+        for line in range(form.lines):
+            second = begins if line % 4 in (0, 3) else OTHER[begins]
+            last = LEVEL if line % 2 or (line == 0 and first_rhymes) else OBLIQUE
+            fourth = second if form.width == 5 else OTHER[second]  # the second of the last five
+            before = "" if form.width == 5 else EITHER + second
+            kinds.append(tuple(before + pattern for pattern in _PATTERNS[fourth, last]))
+        found.append((f"{begins}起首句{'入韵' if first_rhymes else '不入韵'}", tuple(kinds)))
+    return found
+
+
+def _off(lines: tuple[str, ...], kinds: tuple[tuple[str, ...], ...]) -> list[tuple[int, int]]:
+    """(line, place) of what is off, each line by the pattern that fits it best."""
+    found = []
+    for number, (line, patterns) in enumerate(zip(lines, kinds, strict=True)):
+        off = (
+            [at for at, (tone, due) in enumerate(zip(line, pattern, strict=True)) if tone == OTHER.get(due)]
+            for pattern in patterns
+        )
+        found += [(number, at) for at in min(off, key=len)]
+    return found
