@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("fastpoem.config", "TrainConfig"),
     "generate": ("fastpoem.generate", "GenerateCommand"),
     "evaluate": ("fastpoem.evaluate", "EvaluateConfig"),
+    "report": ("fastpoem.report", "ReportConfig"),
     "prepare": ("fastpoem.prepare", "PrepareConfig"),
     "doctor": ("fastpoem.doctor.__main__", "DoctorConfig"),
 }

@@ -47,6 +47,9 @@ RANGES: tuple[tuple[str, float, float], ...] = (
 )
 
 
+TRACKERS = ("tensorboard", "wandb", "swanlab", "mlflow")
+OTHER_TRACKERS = {"weights-and-biases": "wandb", "wb": "wandb", "w&b": "wandb", "tb": "tensorboard"}
+
 OTHER_NAMES = {  # what other programs call our settings, for who types that
     "learning_rate": "lr",
     "num_train_epochs": "epochs",
@@ -65,6 +68,7 @@ OTHER_NAMES = {  # what other programs call our settings, for who types that
     "logging_steps": "log_every",
     "save_total_limit": "keep",
     "resume_from_checkpoint": "resume",
+    "report_to": "log_to",
     "early_stopping_patience": "patience",
     "load_best_model_at_end": "best",
     "bf16": "precision",
@@ -171,8 +175,10 @@ class TrainConfig:
     """Checkpoints to keep: the newest, and beside them the one with the lowest validation loss."""
     resume: bool = False
     """Continue from the newest complete checkpoint in --out. Settings that are not given are those the run was started with."""
+    log_to: tuple[str, ...] = ()
+    """Also show the curves in these programs, where they are installed: tensorboard, wandb, swanlab, mlflow, with a comma or space between."""
     tensorboard: bool = False
-    """Also write the curves for TensorBoard into the run's folder."""
+    """The same as --log-to tensorboard: the curves lie in RUN/tensorboard."""
     sample: str | None = None
     """At the end, print a poem that begins so. Poems on the way begin so, too."""
     sample_every: int | None = None
@@ -182,6 +188,12 @@ class TrainConfig:
     """Say nothing but errors."""
     lang: Literal["auto", "en", "zh"] = "auto"
     """Language of the summaries, the progress and the steps' lines. auto: on a terminal that of the locale, in a pipe English."""
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The programs that the curves are shown in, each once."""
+        named = [name.strip().lower() for given in self.log_to for name in given.split(",")]
+        return tuple(dict.fromkeys([*filter(None, named), *["tensorboard"] * self.tensorboard]))
 
     def check(self) -> TrainConfig:
         """Refuse what cannot work, naming the flag. Comparisons are written so that NaN fails them."""
@@ -199,6 +211,11 @@ class TrainConfig:
             )
         if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,4})?", self.device):
             raise InputError(f"--device {self.device}", "no such kind of device", "use auto, cpu, cuda, cuda:N or mps")
+        for name in self.trackers:
+            if name not in TRACKERS:
+                near = difflib.get_close_matches(name, [*TRACKERS, *OTHER_TRACKERS], n=1)
+                mend = f"did you mean {OTHER_TRACKERS.get(near[0], near[0])}?" if near else f"use {', '.join(TRACKERS)}"
+                raise InputError(f"--log-to {name[:40]}", "no such program", mend)
         if self.val_data and self.val_poems:
             raise InputError("--val-poems", "--val-data says what is validated on", "drop one of the two")
         if self.loss_on_padding and self.batching == "pack":

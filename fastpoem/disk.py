@@ -52,6 +52,11 @@ def lock(file: IO[Any], *, wait: bool = False) -> None:
         raise
 
 
+def lock_shared(file: IO[Any]) -> None:
+    """Hold a lock that others may hold too, to see whether a process has the one of `lock`. Raises BlockingIOError where one has, OSError."""
+    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 def write_bytes(path: Path, content: bytes) -> dict[str, Any]:
     """Write a new file and flush it to disk. Returns {"size": bytes, "sha256": hex}. Raises OSError."""
     return _write(path, [memoryview(content)])

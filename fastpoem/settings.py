@@ -51,6 +51,7 @@ class Settings(TypedDict, total=False):
     save_every: int | None
     keep: int
     resume: bool
+    log_to: Data
     tensorboard: bool
     sample: str | None
     sample_every: int | None

@@ -21,10 +21,11 @@ FLOORS = (
     "engine",
     "generation",
     "doctor",
+    "reporting",
     "run",
     "cli settings config_file",
     "api",
-    "__init__ train prepare generate evaluate doctor.__main__",
+    "__init__ train prepare generate evaluate report doctor.__main__",
     "__main__",
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}

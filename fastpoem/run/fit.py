@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -44,6 +43,7 @@ from fastpoem.run.loop import Loop, NotSaved, check_state
 from fastpoem.run.opened import Run
 from fastpoem.run.samples import Samples, Writer
 from fastpoem.run.summary import after, before
+from fastpoem.run.trackers import check_installed
 from fastpoem.signals import StopRequest, ask
 
 WORDS = {"pack": "packed ({0})", "bucket": "of like length ({0})", "pad": "padded ({0})"}
@@ -100,14 +100,15 @@ def assembled(
     device = choose_device(config.device, voice.say)
     if device.type == "cpu":
         keep_freed_memory()
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard", "TensorBoard is not installed", "pip install 'fastpoem[curves]'")
+    check_installed(config.trackers)
     chosen = folder.choose(config)
     out = chosen if scratch is None else scratch / "run"
-    if config.tensorboard and str(chosen).encode("utf-8", "replace").decode() != str(chosen):
+    if "tensorboard" in config.trackers and str(chosen).encode("utf-8", "replace").decode() != str(chosen):
         raise InputError(
-            "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave --tensorboard out"
+            "--out", "is not UTF-8, which TensorBoard needs", "name another folder, or leave TensorBoard out"
         )
+    if scratch is not None:  # nobody else is to hear of what is only tried
+        config = dataclasses.replace(config, log_to=(), tensorboard=False)
 
     ask()
     given = take(config, voice, scratch)

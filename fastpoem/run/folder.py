@@ -49,6 +49,7 @@ FREE_ON_RESUME = frozenset(
     }
     | {
         "keep",
+        "log_to",
         "tensorboard",
         "sample",
         "data",

@@ -6,6 +6,7 @@ Everything a run goes on with is here twice: as tensors (`Loop.tensors`, where a
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -24,7 +25,7 @@ from fastpoem.corpus.plan import Order
 from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
-from fastpoem.errors import Ended
+from fastpoem.errors import Ended, InputError
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.model.vocabulary import EMBEDDING, Narrowed
 from fastpoem.run import best, checkpoint, tally
@@ -34,6 +35,7 @@ from fastpoem.run.console import Figures, Voice, epoch_line, step_line
 from fastpoem.run.metrics import Mark, Metrics
 from fastpoem.run.samples import Samples, due, is_finite
 from fastpoem.run.tally import NOTHING, Recent, Tally
+from fastpoem.run.trackers import Trackers
 from fastpoem.run.validate import Told, Validation
 from fastpoem.run.words import clock
 from fastpoem.signals import Stopped, StopRequest
@@ -75,7 +77,8 @@ class Loop:
     _val_loss: float | None = None  # after the last step, where it ended an epoch
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
-        """Open the run's files, to go on from a checkpoint's `state` (whose tensors are in place) or at the beginning. Raises OSError."""
+        """Open the run's files, to go on from a checkpoint's `state` (whose tensors are in place) or at the beginning.
+        Raises OSError, and InputError for a tracker that does not start."""
         self.saver = Saver(self.voice.say)
         self._saved_at: object = None  # where the newest checkpoint stands
         keep = None
@@ -85,14 +88,13 @@ class Loop:
             self.best = Best.of(state)
             self._saved_at = (self.done, self._epoch_due)
             keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
-        self.metrics = Metrics(
-            self.folder,
-            done=self.done,
-            keep=keep,
-            say=self.voice.say,
-            hold=self.hold,
-            tensorboard=self.config.tensorboard,
-        )
+        self.metrics = Metrics(self.folder, done=self.done, keep=keep, say=self.voice.say, hold=self.hold)
+        named, settings = self.config.trackers, dataclasses.asdict(self.config)
+        try:
+            self.metrics.trackers = Trackers(named, self.folder, settings, done=self.done, say=self.voice.say)
+        except InputError:
+            self.close()
+            raise
         if self.samples is not None:
             over = self.done >= self.last_step
             self.samples.begin(

@@ -1,4 +1,4 @@
-"""What a run tells programs: metrics.jsonl, and TensorBoard curves where asked for. What it tells a person is `fastpoem.run.console`'s."""
+"""What a run tells programs: metrics.jsonl, and the mirrors of it that were asked for. What it tells a person is `fastpoem.run.console`'s."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from fastpoem import disk
+from fastpoem.run.trackers import Trackers
 
 LONGEST_ROW = 1 << 16  # bytes
 
@@ -25,7 +25,7 @@ class Mark(NamedTuple):
 
 
 class Metrics:
-    """The rows of a run: kept in `rows`, appended to `metrics.jsonl` a whole line at a time, mirrored to TensorBoard.
+    """The rows of a run: kept in `rows`, appended to `metrics.jsonl` a whole line at a time, mirrored to `trackers` once there are any.
 
     Rows that the disk does not take stay in memory, no part of them in the file, and are tried again with the next one; a file that
     vanishes is written anew. `error` says why rows are missing from the file, or is None.
@@ -39,7 +39,6 @@ class Metrics:
         keep: Mark | None,
         say: Callable[[str], None],
         hold: Callable[[], None],
-        tensorboard: bool = False,
     ) -> None:
         """keep: what of an existing file belongs to the `done` steps that a run goes on from; the rest, of steps that will be done
         again, is cut off. hold: raises where the folder is another run's by now. Raises OSError."""
@@ -55,11 +54,7 @@ class Metrics:
                 self._add(row)
             self._file = self._write_anew()
         self._held = b""  # rows that are not in the file yet
-        self._writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+        self.trackers: Trackers | None = None
 
     def mark(self, *, without_last: bool = False) -> Mark:
         """The place after all rows, or before the last."""
@@ -69,15 +64,8 @@ class Metrics:
         """Add a row. Values that are not finite become null, as JSON has no others."""
         self._held += self._add({name: None if _is_odd(value) else value for name, value in row.items()})
         self.flush()
-        if self._writer is not None:
-            group = "epoch" if row.get("event") == "epoch" else "train"
-            try:
-                for name, value in row.items():
-                    if isinstance(value, float) and name != "seconds":
-                        self._writer.add_scalar(f"{group}/{name}", value, row["step"])
-            except OSError as error:  # of its thread, which has ended
-                self.say(f"TensorBoard's curves end here, they could not be written: {error}")
-                self._writer = None
+        if self.trackers is not None:
+            self.trackers.write(self.rows[-1])
 
     def flush(self) -> None:
         """Bring the file up to date, as far as the disk lets."""
@@ -101,9 +89,8 @@ class Metrics:
 
     def close(self) -> None:
         os.close(self._file)
-        if self._writer is not None:
-            with suppress(OSError):
-                self._writer.close()
+        if self.trackers is not None:
+            self.trackers.close()
 
     def _add(self, row: dict[str, Any]) -> bytes:
         line = _line(row)

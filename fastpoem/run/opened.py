@@ -39,6 +39,34 @@ class Run:
 
         return sample(self.model, prompt, **options)
 
+    def frame(self, event: str | None = None) -> Any:
+        """The rows of the logged steps as a pandas frame, or those of an event ("epoch"), with the step as its index. Raises InputError
+        without pandas."""
+        try:
+            import pandas
+        except ImportError:
+            raise InputError("run.frame()", "pandas is not installed", "pip install 'fastpoem[frame]'") from None
+        rows = [row for row in self.metrics if row.get("event") == event]
+        frame = pandas.DataFrame(rows, columns=[*dict.fromkeys(name for row in rows for name in row)])
+        return frame.drop(columns="event", errors="ignore").set_index("step") if rows else frame
+
+    def plot(self, *others: Run) -> Any:
+        """The run's curves, those of `others` beside them, as a matplotlib figure, which a notebook shows: `run.plot().savefig("curves.png")`.
+        Raises InputError without matplotlib."""
+        from fastpoem.reporting.png import panels
+        from fastpoem.reporting.told import names, told
+
+        runs = [self, *others]
+        found = zip(runs, names([run.folder for run in runs]), strict=True)
+        return panels([told(run.folder, name, run.metrics) for run, name in found])
+
+    def _repr_html_(self) -> str:
+        from fastpoem.reporting.page import summary
+        from fastpoem.reporting.told import told
+        from fastpoem.reporting.words import speaker
+
+        return summary(told(self.folder, self.folder.name, self.metrics), speaker("auto"))
+
     def __repr__(self) -> str:
         steps = [row for row in self.metrics if "event" not in row and "loss" in row]
         said = [repr(str(self.folder)), f"{self.metrics[-1]['step'] if self.metrics else 0} steps"]

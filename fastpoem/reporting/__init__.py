@@ -1,0 +1,1 @@
+"""What a person looks at after, or while, a run trains: its charts as SVG and PNG, and a page of them."""
