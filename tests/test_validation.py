@@ -381,19 +381,22 @@ def test_a_rate_that_learns_little_is_said(base, tmp_path, capsys, changes, says
 
 
 def test_silence_that_lasts_is_explained(base, tmp_path, monkeypatch, capsys):
-    slow, told = {}, threading.Event()
+    slow, told = {}, threading.Condition()
     say = Voice.say
 
     def heard(self, line, *values):
         say(self, line, *values)
         if line.endswith(" …"):
-            slow.setdefault(line, True)
-            told.set()
+            with told:
+                slow.setdefault(line, True)
+                told.notify_all()
 
-    def slowly(function):
+    def slowly(function, line):
+        """The function, not before it was said that it lasts."""
+
         def waits(*given, **named):
-            told.clear()
-            assert told.wait(60)
+            with told:
+                assert told.wait_for(lambda: line in slow, 60)
             return function(*given, **named)
 
         return waits
@@ -403,10 +406,13 @@ def test_silence_that_lasts_is_explained(base, tmp_path, monkeypatch, capsys):
     fastpoem.fit(**settings(base, out=str(tmp_path / "quick"), max_steps=1))
     assert not slow  # what is over at once says nothing
     monkeypatch.setattr(console_module, "NOTICED", 0.01)
-    for place, name in ((loop_module, "evaluate"), (fit_module, "build_step"), (fit_module.hub, "write_folder")):
-        monkeypatch.setattr(place, name, slowly(getattr(place, name)))
+    for place, name, line in (
+        (loop_module, "evaluate", "validating on 3 poems …"),
+        (fit_module, "build_step", "getting the step ready …"),
+        (fit_module.hub, "write_folder", "writing the model …"),
+    ):
+        monkeypatch.setattr(place, name, slowly(getattr(place, name), line))
     fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=1))
-    assert {"validating on 3 poems …", "writing the model …", "getting the step ready …"} <= {*slow}
 
 
 def test_what_a_resumed_run_computes_otherwise_is_said(base, tmp_path, monkeypatch, capsys):
