@@ -25,7 +25,9 @@ from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import PLAIN, kernels_without
 from fastpoem.engine.step import Pieces
 from fastpoem.errors import InputError
+from fastpoem.model import fused, gpt2, ops
 from fastpoem.model.attention import causal_attention
+from fastpoem.model.dropout import draw_seeds, drop
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.signals import Stopped
 
@@ -175,6 +177,60 @@ def test_a_wrong_compiler_is_found(fault, dtype, monkeypatch):
     assert not record.ok, record
     assert fault != "break" or record.note == "RuntimeError: Unsupported: Tensor.item"
     assert fault != "again" or "compiled again" in record.note
+
+
+# Dropout
+
+
+class Redrawn(torch.autograd.Function):
+    """What comes of a mask that is drawn again in the backward pass, by other bits."""
+
+    @staticmethod
+    def forward(ctx, x, p, seed):
+        ctx.p = p
+        ctx.save_for_backward(seed)
+        return drop(x, p, seed)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (seed,) = ctx.saved_tensors
+        return drop(dy, ctx.p, seed ^ 1), None, None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["compiled {}", "compiled {} packed", "replay {}", "replay {} packed"])
+def test_masks_that_differ_are_found(family, dtype, monkeypatch):
+    """Every other comparison is of the step with itself, or without dropout."""
+    monkeypatch.setattr(checks, "SMALL", TINY)
+    name = family.format(dtype)
+    if name.startswith("compiled"):
+        monkeypatch.setattr(gpt2, "drop", Redrawn.apply)
+    else:
+        monkeypatch.setattr(fused, "usable", lambda *_: False)
+
+        def backward(ctx, dy):
+            return dy * ops.keep_mask(dy.shape, 0.1, dy.dtype), dy if ctx.residual else None, None
+
+        monkeypatch.setattr(ops.DropAdd, "backward", staticmethod(backward))
+    (record,) = checks.run(name, CPU)
+    assert not record.ok and "masks" in record.note and record.error > 3 * record.tolerance, record
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_what_is_dropped_depends_on_seed_and_position_alone(p):
+    """As often as it should be, and independent of other places and seeds: within five standard deviations of 2^18 draws."""
+    torch.manual_seed(0)
+    one, other = ((drop(torch.ones(2**18), p, seed) > 0).double() for seed in draw_seeds(2, CPU))
+    unit = lambda kept: (kept - (1 - p)) / (p * (1 - p)) ** 0.5
+    assert abs(unit(one).mean()) * 2**9 < 5
+    for a, b in [(one, other), *((one[lag:], one[:-lag]) for lag in (1, 2, 4, 64, 768))]:
+        assert abs((unit(a) * unit(b)).mean()) * 2**9 < 5
+    x = torch.randn(50, 7, requires_grad=True)
+    seed = draw_seeds(1, CPU)[0]
+    out = drop(x, p, seed)
+    out.sum().backward()
+    assert torch.equal(out == 0, x.grad == 0) and torch.equal(out, drop(x.flatten(), p, seed).view(50, 7))
+    assert x.grad.max() == pytest.approx(1 / (1 - p), rel=1e-6)
 
 
 # Attention
@@ -366,7 +422,7 @@ def test_a_cpu_needs_no_check(a_card):
     [
         ("attention bfloat16", {}, {"sdpa": False}, "plain operators"),
         ("attention bfloat16 packed", {"batching": "pack"}, {"varlen": False}, "padded"),
-        ("compiled bfloat16", {}, {"compile": False}, "not compiled"),
+        ("compiled bfloat16", {}, {"combined": False}, "not combined"),
         ("replay bfloat16 compiled", {}, {"graphs": False}, "one by one"),
         ("replay bfloat16", {"compile": "off"}, {"graphs": False}, "one by one"),
         ("replay bfloat16", {}, {}, None),  # not what this run replays
@@ -391,18 +447,38 @@ def test_batches_are_packed_until_attention_inside_them_fails(a_card):
     a_card.outcome["compiled bfloat16"] = "error 0.4"
     for _ in range(2):
         a_card.said.clear()
-        assert decide(a_card, batching="auto") == Trusted(varlen=False, compile=False)
+        assert decide(a_card, batching="auto") == Trusted(varlen=False, combined=False)
         assert [line for line in a_card.said if "bucketed" in line] == [
             "attention bfloat16 packed failed its check on this GPU (error 0.3): batches are bucketed"
         ]
         assert sum("failed its check" in line for line in a_card.said) == 2
     assert {*USED[2:]} <= {*a_card.ran}
-    assert decide(a_card, batching="auto", attention="flash") == Trusted(varlen=False, compile=False)
+    assert decide(a_card, batching="auto", attention="flash") == Trusted(varlen=False, combined=False)
 
 
 def test_a_step_that_does_not_compile_may_still_be_replayed(a_card):
-    a_card.outcome |= {"compiled bfloat16": "no", "replay bfloat16 compiled": "no"}
+    failing = ("compiled bfloat16", "compiled bfloat16 separate", "replay bfloat16 compiled separate")
+    a_card.outcome |= dict.fromkeys(failing, "no")
     assert decide(a_card) == Trusted(compile=False)
+    assert [line for line in a_card.said if "failed" in line] == [
+        "compiled bfloat16 failed its check on this GPU (no): kernels are not combined",
+        "compiled bfloat16 separate failed its check on this GPU (no): the model is not compiled",
+    ]
+
+
+def test_combined_kernels_that_fail_cost_themselves_alone(a_card):
+    """The step without them is checked and replayed in their place, and that is remembered, though they raised: it is no other's fault."""
+    a_card.outcome["compiled bfloat16"] = "InductorError: combo kernel"
+    for _ in range(2):
+        assert decide(a_card, compile="on", graphs="on") == Trusted(combined=False)
+    assert a_card.ran == [
+        *USED[:3],
+        "compiled bfloat16 separate",
+        "replay bfloat16",
+        "replay bfloat16 compiled separate",
+    ]
+    a_card.outcome["replay bfloat16 compiled separate"], a_card.name = "error 0.3", "another"
+    assert decide(a_card) == Trusted(combined=False, graphs=False)
 
 
 def test_kernels_that_failed(a_card):
@@ -428,6 +504,8 @@ def test_a_broken_kernel_costs_itself_alone(a_card, record, loss, update):
     assert a_card.ran == [*USED[:2], *(name + without for name in USED[2:])]
     a_card.outcome["compiled bfloat16" + without] = "error 2"
     a_card.name = "a third"
+    assert decide(a_card) == Trusted(found.kernels, combined=False)
+    a_card.outcome[f"compiled bfloat16{without} separate"], a_card.name = "error 2", "a fourth"
     assert decide(a_card) == Trusted(found.kernels, compile=False)
 
 
@@ -461,12 +539,12 @@ def test_a_check_does_without_the_kernels_that_failed(name, broken, monkeypatch)
     [
         ("attention bfloat16", {"attention": "flash"}),
         ("attention bfloat16 packed", {"attention": "flash", "batching": "pack"}),
-        ("compiled bfloat16", {"compile": "on"}),
+        ("compiled bfloat16 separate", {"compile": "on"}),
         ("replay bfloat16 compiled", {"graphs": "on"}),
     ],
 )
 def test_what_the_user_insists_on_is_not_done_without(a_card, failing, settings):
-    a_card.outcome[failing] = "error 0.3"
+    a_card.outcome |= {failing: "error 0.3", failing.removesuffix(" separate"): "error 0.3"}
     with pytest.raises(InputError, match="failed its check") as error:
         decide(a_card, **settings)
     name = next(iter(settings))

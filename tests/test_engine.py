@@ -1,5 +1,6 @@
 """engine/: the step against the plain loop it replaces, steps that are not finite, and the fallback when a kernel fails its check."""
 
+import contextlib
 import copy
 import math
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from fastpoem_kernels import plain
 
 from fastpoem.corpus.feed import Rows, Shape
+from fastpoem.engine import build
 from fastpoem.engine.compile import compiled_pieces
 from fastpoem.engine.kernels import OURS, PLAIN, Kernels, choose_kernels
 from fastpoem.engine.optim import FlatAdamW
@@ -202,6 +204,34 @@ def test_compiled_gradients_reach_the_flat_buffer():
         a, b = eager.result(), step.result()
         assert a.loss == pytest.approx(b.loss, rel=1e-5)
         assert a.norm == pytest.approx(b.norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(("broken", "insists"), [(0, False), (1, True), (2, False), (2, True)])
+def test_with_combined_kernels_then_without_then_uncompiled(broken, insists, monkeypatch):
+    """Each is said in a line; what the user insists on is raised once nothing is left to try."""
+    asked, said = [], list[str]()
+
+    def pieces(model, combined):
+        asked.append(combined)
+        made = Pieces(model)
+
+        def refuse(*_):
+            raise RuntimeError(f"InductorError: combined={combined}\nand more")
+
+        return made._replace(model=refuse) if len(asked) <= broken else made
+
+    monkeypatch.setattr(build, "compiled_pieces", pieces)
+    model, step = make()
+    plain = step.pieces
+    goes = contextlib.nullcontext() if broken < 2 or not insists else pytest.raises(RuntimeError, match="False")
+    with goes:
+        build._compile(step, model, [Shape(4, 13)], insists, True, said.append)
+    assert asked == [True, False][: broken + 1]
+    lines = [line.split(" (")[0] for line in said]
+    refused = ["combined kernels could not be compiled", "the model could not be compiled"]
+    end = [] if broken == 2 else ["compiled in 0 s"]
+    assert lines == refused[: broken - (insists and broken == 2)] + end
+    assert (step.pieces is plain) == (broken == 2 and not insists) and not any("and more" in line for line in said)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def separate(name: str) -> str:
 
 def _compiled(name: str) -> str:
     """The check of the step that a compiled one's `replay` replays; nothing for others."""
-    _, *more = name.split()
+    more = name.split()[1:]
     return " ".join(["compiled", *(word for word in more if word != "compiled")]) if "compiled" in more else ""
 
 

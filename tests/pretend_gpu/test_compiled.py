@@ -1,11 +1,17 @@
 """What is compiled for the cards, and what a step costs there: no kernel spills, a step's launches, its memory."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from conftest import TRAIN, UNCOVERED, assert_sound
 from pretend import cubins, kind_of
 
 from fastpoem.corpus.feed import Rows, Shape
+from fastpoem.doctor import checks
+from fastpoem.engine import compile
+from fastpoem.engine.batch import assemble
 from fastpoem.engine.compile import compiled_pieces, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
@@ -110,6 +116,79 @@ def test_recordings_share_the_memory_of_the_largest(tape, largest_first):
     grown = held[-1] - held[0]
     assert grown <= 64 << 20 if largest_first else grown > 2 << 30, [at >> 20 for at in held]
     del step, graphs
+
+
+class NotCompiled:
+    """A kernel of Inductor's that is written and not compiled: its text is what is looked at."""
+
+    def run(self, *_, **__) -> None:
+        pass
+
+
+def written(monkeypatch, width: int, dtype: torch.dtype, packed: bool) -> list[str]:
+    """What Inductor writes for the forward and the backward pass of a model with dropout."""
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(AsyncCompile, "triton", lambda *_, **__: NotCompiled())
+    monkeypatch.setattr(config, "force_disable_caches", True)
+    torch._dynamo.reset()
+    shape = dataclasses.replace(checks.SMALL, n_embd=width, n_layer=1, n_head=max(1, width // 64))
+    step = checks.make_step(CARD, dtype, shape, packed, 0.1)
+    rows = checks.batches(packed, shape, 1)[0]
+    batch = assemble(rows.source.to(CARD), rows.where.to(CARD), rows.shape, 0)
+    pieces = compiled_pieces(step.optimizer.module)
+
+    def both() -> None:
+        logits = pieces.model(batch.inputs, batch.packing)
+        logits.backward(torch.zeros_like(logits))
+
+    return run_and_get_code(both)[1]
+
+
+DRAWN = re.compile(r"= (?:tl|triton_helpers)\.(rand\w*|philox\w*)\(")  # by a form that depends on the kernel's shape
+HASHED = "-2073254261"  # a constant of fastpoem.model.dropout, once for each of a mask's two words
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "packed"),
+    [
+        (128, torch.bfloat16, True),
+        (768, torch.bfloat16, False),
+        (96, torch.float32, False),
+        (2048, torch.float32, True),
+    ],
+)
+def test_masks_are_functions_of_seed_and_position(tape, monkeypatch, width, dtype, packed):
+    """However wide the model, and so whatever the shape of the kernels that draw them, in either pass."""
+    forward, backward = written(monkeypatch, width, dtype, packed)
+    assert not DRAWN.findall(forward + backward)
+    assert HASHED in forward and "native_dropout" not in re.sub(r"(?m)^\s*#.*", "", forward + backward)
+
+
+def test_masks_by_the_compilers_own_generator_are_seen(tape, monkeypatch):
+    """The control: what the compiler makes of F.dropout."""
+    monkeypatch.setattr(compile, "draw_seeds", lambda *_: None)
+    forward, _ = written(monkeypatch, 128, torch.bfloat16, False)
+    assert DRAWN.findall(forward)
+
+
+def test_combined_kernels_that_cannot_be_compiled_are_done_without(tiny, tape, tmp_path, monkeypatch):
+    from test_step import training
+    from torch._inductor.codegen.triton_combo_kernel import ComboKernel
+
+    def refuse(*_, **__):
+        raise AssertionError("no such combination")
+
+    monkeypatch.setattr(ComboKernel, "__init__", refuse)
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch._dynamo.reset()
+    with training(tiny, "--out", tmp_path / "run", "--compile", "on", "--graphs", "off") as (loop, said):
+        assert loop.step.pieces.autograd
+    lines = [line for line in said if "compiled" in line]
+    assert len(lines) == 2 and "no such combination" in lines[0] and "a launch of its own" in lines[0]
+    assert lines[1].startswith("compiled in")
 
 
 def test_backward_of_our_loss_runs_its_own_kernels(tape):

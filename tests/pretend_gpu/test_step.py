@@ -514,7 +514,7 @@ def test_a_checkpoint_is_awaited_asleep(tiny, tmp_path, tape):
 
 
 def test_what_cannot_be_compiled_runs_plain_and_says_so(tiny, tmp_path, tape, monkeypatch):
-    def broken(model):
+    def broken(model, combined):
         def refuse(*_):
             raise RuntimeError("no such instruction\nmore of it")
 
