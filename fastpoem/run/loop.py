@@ -33,7 +33,7 @@ from fastpoem.run.best import Best
 from fastpoem.run.checkpoint import OPTIMIZER, Saver
 from fastpoem.run.console import Figures, Voice, epoch_line, step_line
 from fastpoem.run.metrics import Mark, Metrics
-from fastpoem.run.samples import Samples, due, is_finite
+from fastpoem.run.samples import MEASURED, Samples, due, is_finite
 from fastpoem.run.tally import NOTHING, Recent, Tally
 from fastpoem.run.trackers import Trackers
 from fastpoem.run.validate import Told, Validation
@@ -259,6 +259,11 @@ class Loop:
     def _is_sampled(self, step: int) -> bool:
         return due(step, self.order.steps, self.config.sample_every)
 
+    def _is_measured(self) -> bool:
+        """Does this epoch end with a look at how many poems are in form?"""
+        asked = self.config.sample_every != 0 and is_finite(self.step.optimizer.master)
+        return asked and due(self.done, self.order.steps, None)
+
     def _sample(self) -> None:
         """A few poems from the weights as they are, once a step. A signal that comes meanwhile is the loop's to answer."""
         samples = self.samples
@@ -300,11 +305,21 @@ class Loop:
                 self.model.train()
                 return False
             row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
-            self.best.add(self.done, found.loss)
+        if (samples := self.samples) is not None and not samples.broken and self._is_measured():
+            try:
+                with self.voice.phase("writing a few poems"):
+                    row |= samples.shares()
+            except Stopped:
+                return False
+        if row["val_loss"] is not None:
+            self.best.add(self.done, row["val_loss"])
         self._epoch_due, self._val_loss, self.tally.told = False, row["val_loss"], NOTHING
         self.step.reset()
         self.metrics.write(row)
         self.voice.say(epoch_line(row, self.config.epochs, self.voice.lang))
+        if "in_form" in row:
+            told = (f"{row[name]:.0%}" for name in ("in_form", "rhyming"))
+            self.voice.say("of {0} poems {1} are in a form, {2} rhyme", MEASURED, *told)
         return True
 
     def _is_due(self) -> bool:

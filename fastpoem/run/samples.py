@@ -24,10 +24,12 @@ from fastpoem.generation.prompt import read
 from fastpoem.generation.spell import Speller
 from fastpoem.generation.write import write
 from fastpoem.model.gpt2 import GPT2
+from fastpoem.poetry.verdict import Shares, shares
 
 PROMPTS = ("", "春", "明月")
 LONGEST = 68  # tokens: a poem of eight lines of seven characters, with its marks and both ends
 SHORT = 100  # steps: where epochs are shorter, not every one ends with poems
+MEASURED = 32  # poems, of which the share in form is told
 
 
 class Writer:
@@ -58,15 +60,26 @@ class Writer:
 
     def __call__(self) -> list[tuple[str, str]]:
         """(prompt, poem) of each. Raises Stopped where a signal came meanwhile, RuntimeError or MemoryError."""
-        config = GenerateConfig("", max_length=self.longest)
+        return self._written(self.begun, 1)
+
+    def shares(self) -> Shares:
+        """Of MEASURED poems that begin with nothing: how many are in a form, and rhyme. Raises as calling it does."""
+        return shares(poem for _, poem in self._written([one for one in self.begun if not one[0]], MEASURED))
+
+    def _written(self, begun: Sequence[tuple[str, list[int]]], count: int) -> list[tuple[str, str]]:
+        """(prompt, poem), `count` of each."""
+        config = GenerateConfig("", count=count, max_length=self.longest)
         was_training = self.model.training
         self.model.eval()
         try:
-            begun = [[self.place[one] for one in ids] for _, ids in self.begun]
-            written = write(self.model, begun, self.seed, config, end=self.end, never=self.never, longest=self.longest)
+            ids = [[self.place[one] for one in start] for _, start in begun]
+            written = write(self.model, ids, self.seed, config, end=self.end, never=self.never, longest=self.longest)
             return [
-                (text, self.speller.poem(text, ids[1:], self.ids[new].tolist()))
-                for (text, ids), new in zip(self.begun, written, strict=True)
+                (
+                    begun[at // count][0],
+                    self.speller.poem(begun[at // count][0], begun[at // count][1][1:], self.ids[new].tolist()),
+                )
+                for at, new in enumerate(written)
             ]
         finally:
             self.model.train(was_training)
@@ -120,6 +133,15 @@ class Samples:
         except OSError as error:
             self._refused(error)
         return [poem for _, poem in found]
+
+    def shares(self) -> dict[str, Any]:
+        """`in_form` and `rhyming`, the shares of 32 poems, as the epoch's row has them; nothing where they cannot be written. Raises
+        Stopped."""
+        try:
+            found = self.writer.shares()
+        except (RuntimeError, MemoryError, IndexError):
+            return {}
+        return {"in_form": found.in_form, "rhyming": found.rhyming} if found.poems else {}
 
     def _append(self, rows: Sequence[dict[str, Any]]) -> None:
         content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8", "replace")
