@@ -24,7 +24,8 @@ from rich.console import Console
 import fastpoem
 from fastpoem.config import from_kwargs
 from fastpoem.model.hub import BUNDLED
-from fastpoem.run import words
+from fastpoem.poetry.verdict import shares
+from fastpoem.run import samples, words
 from fastpoem.run.console import Figures, Voice
 from fastpoem.run.given import order_of
 from fastpoem.run.samples import Writer, due
@@ -203,6 +204,23 @@ def test_poems_on_the_way_change_nothing(base, tmp_path, changes):
     for row in found:
         assert {*row} == {"step", "epoch", "prompt", "poem"} and row["epoch"] == round(row["step"] / 14, 4)
         assert row["poem"].startswith(row["prompt"]) and "[" not in row["poem"]
+
+
+def test_an_epoch_says_how_many_poems_are_in_form(base, tmp_path, monkeypatch, capsys):
+    """As its metrics have it, from the weights alone: a run that is stopped as it looks has the same."""
+    monkeypatch.setattr(samples, "SHORT", 14)
+    monkeypatch.setattr(samples, "shares", lambda poems: shares([*poems][:-3] + [line] * 3))
+    line = (BUNDLED / "poems.txt").read_text(encoding="utf-8").splitlines()[0]
+    common = settings(base, epochs=2)
+    whole = fastpoem.fit(**common, out=str(tmp_path / "whole"))
+    found = [row for row in whole.metrics if row.get("event") == "epoch"]
+    assert [row["in_form"] for row in found] == [3 / samples.MEASURED] * 2
+    assert f"of {samples.MEASURED} poems 9% are in a form" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        told_at(patch, 14)
+        fastpoem.fit(**common, out=str(tmp_path / "run"))
+    assert_same(whole.folder, fastpoem.fit(**common, out=str(tmp_path / "run"), resume=True).folder)
+    assert "in_form" not in fastpoem.fit(**common, out=str(tmp_path / "none"), sample_every=0).metrics[-1]
 
 
 @pytest.mark.parametrize("cuts", [(5,), (3, 14), (10, 21)])
