@@ -34,7 +34,8 @@ class DoctorConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DoctorConfig, argv, prog="python -m fastpoem.doctor")
-    signals.imported("numpy", "torch", "fastpoem.doctor.examine")
+    shown = () if config.json else ("rich.console", "rich.table")  # what is missing is told before minutes of checks
+    signals.imported(*shown, "numpy", "torch", "fastpoem.doctor.examine")
     from fastpoem.doctor.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.compile import keep_caches_in
     from fastpoem.engine.precision import choose_device
