@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 KINDS = kinds(TrainConfig)
 TRAIN = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("rich.progress", "numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
 NOT_GIVEN: Any = ()
 
 

@@ -35,9 +35,9 @@ def missing(module: str | None) -> InputError | None:
     if name not in WHEELS:
         return None
     wheels = " ".join(wheel for one, wheel in WHEELS.items() if one == name or not _found(one))
-    needs = "is not installed" + (", and --help is written by it" if name == "tyro" else "")
-    mend = f"pip install {wheels}; without a network, carry here the wheels that pip download {wheels} brings"
-    return InputError(WHEELS[name], needs, mend)
+    reason = "is not installed" + (", and only --help needs it" if name == "tyro" else "")
+    mend = f"pip install {wheels}; where there is no network, pip download the same elsewhere and carry the wheels here"
+    return InputError(WHEELS[name], reason, mend)
 
 
 def _found(module: str) -> bool:

@@ -11,7 +11,7 @@ from fastpoem.cli import parse, read, run_command
 from fastpoem.config import TrainConfig, with_defaults
 
 PROG = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "rich.progress", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("rich.progress", "numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
