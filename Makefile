@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-pretend-gpu lint bench clean
+.PHONY: demo test test-oldest test-newest test-pretend-gpu test-pretend-gpu-oldest test-pretend-gpu-newest lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastpoem.train
@@ -18,20 +18,34 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
 
-# The CUDA path where there is no GPU (tests/pretend_gpu/README.md): a CUDA build of PyTorch, 5.4 GB, in an environment of its own.
-GPU_VENV := .venv-pretend-gpu
-test-pretend-gpu: $(GPU_VENV)/.installed
-	$(GPU_VENV)/bin/python tests/pretend_gpu/pretend.py test
+# The suite with the oldest of all that pyproject.toml allows, and with the newest that there is today. Behind targets of their own because each
+# installs PyTorch's CUDA build, several GB. PIP_CONSTRAINT stands in for what a machine's own pip configuration pins.
+test-oldest: CONSTRAINTS := constraints-oldest.txt
+test-newest: CONSTRAINTS := /dev/null
+test-oldest test-newest: test-%:
+	test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	PIP_CONSTRAINT=$(CONSTRAINTS) .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check \
+		--upgrade --upgrade-strategy eager --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest --numprocesses 2 --dist worksteal --quiet
 
-$(GPU_VENV)/.installed: pyproject.toml tests/pretend_gpu/constraints.txt
+# The CUDA path where there is no GPU (tests/pretend_gpu/README.md), under the oldest PyTorch and Triton and under the newest: two CUDA builds,
+# 5.4 GB each. Both are installed before the first is tried, so that a full disk is told at once.
+GPU_ENDS := newest oldest
+test-pretend-gpu: $(GPU_ENDS:%=.venv-pretend-gpu-%/.installed) $(GPU_ENDS:%=test-pretend-gpu-%)
+
+$(GPU_ENDS:%=test-pretend-gpu-%): test-pretend-gpu-%: .venv-pretend-gpu-%/.installed
+	.venv-pretend-gpu-$*/bin/python tests/pretend_gpu/pretend.py test
+
+$(GPU_ENDS:%=.venv-pretend-gpu-%/.installed): .venv-pretend-gpu-%/.installed: pyproject.toml tests/pretend_gpu/constraints-%.txt
 	@for tool in gcc nm; do command -v $$tool >/dev/null || \
 		{ echo "make test-pretend-gpu needs $$tool: install a C compiler and binutils (Debian: apt-get install gcc binutils)" >&2; exit 1; }; done
-	@test "$$(df -Pk . | awk 'NR == 2 {print $$4}')" -ge 8000000 || \
-		{ echo "make test-pretend-gpu needs 8 GB of disk for PyTorch's CUDA build: make room in $$PWD" >&2; exit 1; }
-	$(PYTHON) -m venv $(GPU_VENV)
-	@echo "installing into $(GPU_VENV) PyTorch's CUDA build (some minutes the first time)"
-	timeout 30m $(GPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
-		--constraint tests/pretend_gpu/constraints.txt --editable . pytest pytest-timeout pytest-xdist coverage || \
+	@builds=0; for end in $(GPU_ENDS); do test -e .venv-pretend-gpu-$$end/.installed || builds=$$((builds + 1)); done; \
+		test "$$(df -Pk . | awk 'NR == 2 {print $$4}')" -ge $$((7000000 * builds + 1000000)) || \
+		{ echo "make test-pretend-gpu needs $$((7 * builds + 1)) GB of disk for $$builds CUDA builds of PyTorch: make room in $$PWD" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-pretend-gpu-$*
+	@echo "installing into .venv-pretend-gpu-$* PyTorch's CUDA build (some minutes the first time)"
+	PIP_CONSTRAINT=tests/pretend_gpu/constraints-$*.txt timeout 30m .venv-pretend-gpu-$*/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-input --editable . pytest pytest-timeout pytest-xdist coverage || \
 		{ echo "make test-pretend-gpu: PyTorch's CUDA build could not be installed (it is given 30 minutes), see above" >&2; exit 1; }
 	@touch $@
 
@@ -54,4 +68,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-* runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

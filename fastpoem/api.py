@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 KINDS = kinds(TrainConfig)
 TRAIN = "python -m fastpoem.train"
-SLOW = ("numpy", "torch", "tokenizers", "fastpoem.run.console", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = (
+    "rich.progress",
+    "numpy",
+    "torch",
+    "tokenizers",
+    "fastpoem.run.console",
+    "fastpoem.doctor.trust",
+    "fastpoem.run.fit",
+)
 NOT_GIVEN: Any = ()
 
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 from fastpoem import signals
 from fastpoem.config import OTHER_NAMES
 from fastpoem.errors import Ended, InputError
+from fastpoem.missing import missing
 
 Config = TypeVar("Config")
 HELP = ("-h", "--help")
@@ -256,8 +257,8 @@ def _nearest(word: str, words: Sequence[str]) -> str | None:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError, 1 for Ended, 128 + N for signal N; bugs keep
-    their traceback. Where nobody reads stdout any more (`… | head -1`), the command ends quietly with 0.
+    """Run a command's main and leave the process: 0 or its own code, 2 for an InputError or a library that is not installed, 1 for Ended,
+    128 + N for signal N; bugs keep their traceback. Where nobody reads stdout any more (`… | head -1`), the command ends quietly with 0.
 
     A second signal ends the process at once.
     """
@@ -274,6 +275,11 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         _leave_if_told()  # a compiler that Ctrl-C ended as well may look like the user's mistake
         print(f"fastpoem: {error}", file=sys.stderr)
+        code = 2
+    except ModuleNotFoundError as error:
+        if (line := missing(error.name)) is None:
+            raise
+        print(f"fastpoem: {line}", file=sys.stderr)
         code = 2
     except SystemExit as stop:
         code = stop.code

@@ -40,7 +40,7 @@ class PrepareConfig:
 def main(argv: list[str] | None = None) -> None:
     """Parse, prepare, print the summary."""
     config = parse(PrepareConfig, argv, prog=prog("prepare"))
-    signals.imported("numpy", "tokenizers", "rich.console", "fastpoem.corpus.store")
+    signals.imported("rich.console", "numpy", "tokenizers", "fastpoem.corpus.store")
     from rich.console import Console
 
     from fastpoem.corpus.make import check_goal, check_settings

@@ -13,7 +13,7 @@ from fastpoem.config import GROUPS, TrainConfig, with_defaults
 from fastpoem.config_file import with_file
 from fastpoem.errors import InputError
 
-SLOW = ("numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
+SLOW = ("rich.progress", "numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ ROOT = Path(fastpoem.__file__).parent
 # From the lowest up. A file may import from its own line and from those above it here.
 FLOORS = (
     "errors version",
-    "disk paths",
+    "disk paths missing",
     "signals",
     "config poetry",
     "corpus",

@@ -35,7 +35,8 @@ def relative(a, b):
 def test_logits_are_those_of_transformers(tmp_path, changes):
     torch.manual_seed(0)
     shape = {"vocab_size": 211, "n_positions": 40, "n_embd": 32, "n_layer": 3, "n_head": 4}
-    theirs = GPT2LMHeadModel(GPT2Config(**{**shape, **changes})).eval()
+    # eager, since its SDPA scaled by neither of these two settings in transformers 5.0
+    theirs = GPT2LMHeadModel(GPT2Config(**{**shape, **changes}, attn_implementation="eager")).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -63,7 +64,12 @@ def test_weights_drawn_from_a_seed_are_distributed_as_transformers_draws_them():
     model.initialise(0)
     for name, parameter in model.named_parameters():
         assert parameter.mean().item() == pytest.approx(theirs[name].mean().item(), abs=3e-3), name
-        assert parameter.std().item() == pytest.approx(theirs[name].std().item(), rel=0.1), name
+        std = theirs[name].std().item()
+        if name.endswith(
+            "c_proj.weight"
+        ):  # GPT-2's own, which transformers 5.0 missed: what is added to the stream shrinks with depth
+            std = config.initializer_range / (2 * config.n_layer) ** 0.5
+        assert parameter.std().item() == pytest.approx(std, rel=0.1), name
     again, other = GPT2(model.config), GPT2(model.config)
     again.initialise(0)
     other.initialise(1)

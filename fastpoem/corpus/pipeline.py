@@ -22,6 +22,7 @@ from fastpoem.paths import spelled
 
 CONFIG, NOTES = "tokenizer_config.json", "fastpoem"
 FILES = ("vocab.txt", "tokenizer.json", CONFIG, "special_tokens_map.json", "added_tokens.json")
+BERT = ("BertTokenizer", "BertTokenizerFast")
 BERT_DEFAULTS = {
     "unk_token": "[UNK]",
     "sep_token": "[SEP]",
@@ -83,7 +84,7 @@ def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenize
         recorded = [*(saved.get("added_tokens") or []), *(config.get("added_tokens_decoder") or {}).values()]
         for token in recorded if noted is not None else []:
             token["special"] = token.get("special", False) or token["content"] == noted  # as it was in training
-        if kind in ("BertTokenizer", "BertTokenizerFast"):
+        if kind in BERT:
             library, names = _bert(folder, config, saved, has_json)
         elif has_json:
             library = Tokenizer.from_str(json.dumps(saved | trained.get("trained", {})))
@@ -97,7 +98,8 @@ def load_pipeline(folder: Path, line_break: str | None = None) -> tuple[Tokenize
         special = _special_ids(folder, library, names)
         _frame(library, special)
         kept = {path.name: path.read_bytes() for path in files}
-        complete = {"tokenizer_class": kind or "PreTrainedTokenizerFast"} | _ends(library, kind) | config
+        silent = {"do_lower_case": True} if kind in BERT else {}  # transformers 5.0 to 5.3 take silence for False
+        complete = {"tokenizer_class": kind or "PreTrainedTokenizerFast"} | silent | _ends(library, kind) | config
         complete.pop("auto_map", None)  # code of a stranger's, which we did not run either
         if complete != config or line_break is not None:
             kept["tokenizer_config.json"] = (json.dumps(complete, indent=2, ensure_ascii=False) + "\n").encode()

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(DoctorConfig, argv, prog=prog("doctor"))
     if not 0 < config.check_seconds < math.inf:
         raise InputError(f"--check-seconds {config.check_seconds:g}", "out of range", "give seconds, more than 0")
-    signals.imported("numpy", "torch", "fastpoem.doctor.examine")
+    shown = () if config.json else ("rich.console", "rich.table")  # what is missing is told before minutes of checks
+    signals.imported(*shown, "numpy", "torch", "fastpoem.doctor.examine")
     from fastpoem.doctor.examine import examine  # torch takes seconds to import, and --help should not wait
     from fastpoem.engine.compile import keep_caches_in
     from fastpoem.engine.precision import choose_device

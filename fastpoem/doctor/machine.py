@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastpoem.engine import cards
+from fastpoem.version import __version__
 
 
 class Peak(NamedTuple):
@@ -104,8 +105,12 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def versions(device: torch.device) -> dict[str, str | None]:
     """None: not there."""
-    names = ("fastpoem", "triton", "transformers", "flash-attn", "numpy", "tokenizers")
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    names = ("triton", "transformers", "flash-attn", "numpy", "tokenizers")
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "fastpoem": __version__,
+    }
     found |= {name.replace("-", "_"): version(name) for name in names}
     found |= {"cuda": torch.version.cuda, "driver": driver() if device.type == "cuda" else None}
     return found

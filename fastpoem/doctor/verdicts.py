@@ -23,6 +23,7 @@ from fastpoem.doctor.checks import separate
 from fastpoem.doctor.machine import driver, version
 from fastpoem.errors import InputError
 from fastpoem.paths import user_cache
+from fastpoem.version import __version__
 
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
 
@@ -54,7 +55,7 @@ def card(device: torch.device) -> str:
         f"torch {torch.__version__}",
     ]
     parts += [f"{name} {version(name) or 'none'}" for name in ("triton", "flash-attn")]
-    return ", ".join([*parts, f"fastpoem {version('fastpoem') or '?'} {source_hash()}"])
+    return ", ".join([*parts, f"fastpoem {__version__} {source_hash()}"])
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import math
 import os
@@ -12,7 +13,6 @@ import shlex
 import threading
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -322,7 +322,7 @@ def write_config(
     out: Path, config: TrainConfig, same: dict[str, Any], store: TokenStore, device: torch.device, dtype: torch.dtype
 ) -> bytes:
     """RUN/config.json: every setting, the versions, the store's identity. Returns its content. Raises OSError."""
-    packages = {name: metadata.version(name) for name in ("torch", "tokenizers", "numpy")}
+    packages = {name: str(importlib.import_module(name).__version__) for name in ("torch", "tokenizers", "numpy")}
     on_gpu = device.type == "cuda"
     content = {
         "settings": {name: _for_json(value) for name, value in dataclasses.asdict(config).items()},
