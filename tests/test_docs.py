@@ -98,6 +98,7 @@ def place(tmp_path, trained, small_model, monkeypatch):
     """A folder with poems.txt and a run, runs/x, in which the hub's model is a small one."""
     shutil.copy(trained / "poems.txt", tmp_path)
     shutil.copytree(trained / "run", tmp_path / "runs" / "x")
+    (tmp_path / "run.toml").write_text("lr = 1e-4\nbatch-size = 8\n")
     monkeypatch.chdir(tmp_path)
     return small_model
 
