@@ -305,8 +305,9 @@ def compiled(
             Record("", measure(mine) <= allowed, error=measure(mine), tolerance=allowed, note=f"farthest in {what}")
         )
     step = make_step(device, dtype, shape, packed, 0.1, kernels=kernels)
-    compile_step(step, rows, backend, combined)
-    return worst([*found, same_masks(step, rows[:2])])
+    few = rows[: 2 if device.type == "cuda" else 1]  # of the two forms that a length divisible by 8 makes there
+    compile_step(step, few, backend, combined)
+    return worst([*found, same_masks(step, few)])
 
 
 def difference(one: Trace, other: Trace) -> float:

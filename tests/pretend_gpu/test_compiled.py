@@ -15,6 +15,7 @@ from fastpoem.engine.batch import assemble
 from fastpoem.engine.compile import compiled_pieces, one_of_each_form
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.precision import choose_device
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
@@ -132,8 +133,8 @@ def written(monkeypatch, width: int, dtype: torch.dtype, packed: bool) -> list[s
     from torch._inductor.utils import run_and_get_code
 
     monkeypatch.setattr(AsyncCompile, "triton", lambda *_, **__: NotCompiled())
-    monkeypatch.setattr(config, "force_disable_caches", True)
     torch._dynamo.reset()
+    choose_device("cuda:0")  # as a run does: without cuDNN's attention
     shape = dataclasses.replace(checks.SMALL, n_embd=width, n_layer=1, n_head=max(1, width // 64))
     step = checks.make_step(CARD, dtype, shape, packed, 0.1)
     rows = checks.batches(packed, shape, 1)[0]
@@ -144,7 +145,8 @@ def written(monkeypatch, width: int, dtype: torch.dtype, packed: bool) -> list[s
         logits = pieces.model(batch.inputs, batch.packing)
         logits.backward(torch.zeros_like(logits))
 
-    return run_and_get_code(both)[1]
+    with config.patch(force_disable_caches=True):  # which pytest's monkeypatch would take away for good
+        return run_and_get_code(both)[1]
 
 
 DRAWN = re.compile(r"= (?:tl|triton_helpers)\.(rand\w*|philox\w*)\(")  # by a form that depends on the kernel's shape
@@ -176,15 +178,18 @@ def test_masks_by_the_compilers_own_generator_are_seen(tape, monkeypatch):
 
 def test_combined_kernels_that_cannot_be_compiled_are_done_without(tiny, tape, tmp_path, monkeypatch):
     from test_step import training
+    from torch._inductor import config
+    from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen.triton_combo_kernel import ComboKernel
 
     def refuse(*_, **__):
         raise AssertionError("no such combination")
 
     monkeypatch.setattr(ComboKernel, "__init__", refuse)
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setattr(AsyncCompile, "triton", lambda *_, **__: NotCompiled())
     torch._dynamo.reset()
-    with training(tiny, "--out", tmp_path / "run", "--compile", "on", "--graphs", "off") as (loop, said):
+    flags = ["--out", tmp_path / "run", "--compile", "on", "--graphs", "off"]
+    with config.patch(force_disable_caches=True), training(tiny, *flags) as (loop, said):
         assert loop.step.pieces.autograd
     lines = [line for line in said if "compiled" in line]
     assert len(lines) == 2 and "no such combination" in lines[0] and "a launch of its own" in lines[0]
