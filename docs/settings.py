@@ -10,7 +10,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_suffix(".md")
 COMMANDS = {
-    "train": ("fastpoem.config", "TrainConfig"),
+    "train": ("fastpoem.train", "TrainCommand"),
     "generate": ("fastpoem.generate", "GenerateCommand"),
     "evaluate": ("fastpoem.evaluate", "EvaluateConfig"),
     "report": ("fastpoem.report", "ReportConfig"),
@@ -28,7 +28,7 @@ def declared(cls: type) -> list[tuple[str, str, str, str]]:
     """(name, type, default, help) of each field, in order, all as they are written in the source."""
     (tree,) = ast.parse(inspect.getsource(cls)).body
     assert isinstance(tree, ast.ClassDef)
-    found = []
+    found = [] if cls.__base__ in (None, object) else declared(cls.__base__)
     for one, after in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name) and isinstance(after, ast.Expr):
             text = " ".join(str(ast.literal_eval(after.value)).split())

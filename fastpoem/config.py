@@ -78,7 +78,7 @@ OTHER_NAMES = {  # what other programs call our settings, for who types that
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in about half a minute."""
+    """Train GPT-2 on poems. Without --data and --model: a small model from scratch on the bundled verses, in a minute or so."""
 
     data: tuple[str, ...] = ()
     """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files (plain, .gz, .xz, .bz2 or .zip), folders of them, or a

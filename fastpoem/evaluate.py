@@ -1,7 +1,7 @@
 """`python -m fastpoem.evaluate --model DIR --data SRC`: what a model makes of poems, and what its own are like.
 
 `--json` prints one object: `model`, `data`, `poems`, `tokens`, `loss` (nats a token, Hugging Face's masked loss), `perplexity`, `accuracy`,
-`loss_per_poem`, `perplexity_per_character`, `unknown_share`, `loss_without_unknown`, `frequencies_only`, `by_length` and `by_form` (lists of
+`loss_per_poem`, `perplexity_per_character`, `unknown_share`, `loss_without_unknown`, `frequencies_only`, `trained_on`, `by_length` and `by_form` (lists of
 `name`, `poems`, `loss`, `accuracy`), `written` (null with --count 0).
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
 from fastpoem.errors import InputError
+from fastpoem.generation.config import GenerateConfig
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {low} or more")
+        GenerateConfig(self.model, count=max(1, self.count), temperature=self.temperature, top_k=self.top_k).check()
         return self
 
 
@@ -127,7 +130,8 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
             lambda poems: progress.update(task, completed=poems),
         )  # fmt: skip
     del model
-    speller = Speller(tokenizer.library, None)
+    line_break = None if tokenizer.line_break is None else tokenizer.library.token_to_id(tokenizer.line_break)
+    speller = Speller(tokenizer.library, line_break)
     frame = {tokenizer.cls_id, tokenizer.sep_id}
     texts = (speller.text([one for one in store[row].tolist() if one not in frame]) for row in rows.tolist())
     report: dict[str, Any] = {"model": str(folder), "data": [str(path) for path in source.paths]}
@@ -136,6 +140,7 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
         "frequencies_only": evaluation.frequencies_only(store, rows),
         "by_length": evaluation.by_length(scores),
         "by_form": evaluation.by_form(scores, texts),
+        "trained_on": _trained_on(config.model, store.identity),
         "written": None,
     }
     if config.count:
@@ -151,16 +156,30 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
     return report
 
 
+def _trained_on(model: str, identity: str) -> bool:
+    """Whether `model` is a run, or of a run, whose text was the store of this identity."""
+    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads((folder.expanduser() / "config.json").read_text(encoding="utf-8"))
+            if found["store"]["identity"] == identity:
+                return True
+    return False
+
+
 def show(report: dict[str, Any]) -> None:
     """The report for a person."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False)
-    console.print(f"{report['poems']:,} poems, {report['tokens']:,} tokens\n", markup=False)
+    console.print(f"{report['poems']:,} poems, {report['tokens']:,} tokens", markup=False)
+    if report["trained_on"]:
+        console.print("the model was trained on this text: on new poems its loss is higher", markup=False)
+    console.print()
     console.print(f"loss                     {report['loss']:.4f}", style="bold")
     lines = [
-        ("perplexity", f"{report['perplexity']:.1f}"),
+        ("perplexity per token", f"{report['perplexity']:.1f}"),
+        ("perplexity per character", _number(report["perplexity_per_character"], 1)),
         ("accuracy", f"{report['accuracy']:.1%}"),
         ("loss per poem", f"{report['loss_per_poem']:.1f}"),
         ("[UNK] among the tokens", f"{report['unknown_share']:.2%}"),
@@ -195,8 +214,8 @@ def show(report: dict[str, Any]) -> None:
             console.print(f"{name:24} {value}", markup=False)
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.4f}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "none" if value is None else f"{value:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from fastpoem import signals
@@ -35,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastpoem.run.console import Voice
 
     voice = Voice(config.quiet, config.lang)
-    with voice.phase("loading PyTorch"):  # which takes seconds, and --help or a wrong flag should not wait for it
+    # It takes seconds, for which --help or a wrong flag should not wait. In a pipe nothing is said before it is known what goes wrong.
+    with voice.phase("loading PyTorch") if voice.live else nullcontext():
         signals.imported(*SLOW)
     from fastpoem.run.fit import fit
 

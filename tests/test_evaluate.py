@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BertTokenizer, GPT2LMHeadModel
 
+import fastpoem
 from fastpoem.corpus.copied import longest_copied
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 from fastpoem.evaluate import main
+from fastpoem.generation.poems import sample
 from fastpoem.model.hub import BUNDLED
 from fastpoem.model.vocabulary import GENERATION
 from fastpoem.run import evaluation
@@ -140,7 +142,7 @@ def test_the_longest_run_is_the_longest(corpus, texts):
     "arguments, said",
     [
         (["--data", "none.txt"], "none.txt"), (["--poems", "0"], "--poems 0.*out of range"),
-        (["--count", "-1"], "--count -1.*out of range"), (["--model", "nowhere/at/all"], "no such folder"),
+        (["--count", "-1"], "--count -1.*out of range"), (["--temperature", "-1"], "--temperature.*out of range"), (["--model", "nowhere/at/all"], "no such folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_named(arguments, said, small_model, poems):
@@ -149,3 +151,39 @@ def test_what_cannot_be_evaluated_is_named(arguments, said, small_model, poems):
     )
     with pytest.raises(InputError, match=said):
         main([word for pair in given.items() for word in pair])
+
+
+def test_line_breaks_are_no_characters(tmp_path, verses, small_model, capsys):
+    """They are printed as such, copies of poems with them are seen, and forms and lengths are told without them."""
+    lines = [line for line in verses.read_text(encoding="utf-8").splitlines() if len(line) == 24][:8]
+    data = tmp_path / "poems.json"
+    data.write_text(json.dumps([{"content": line.replace("。", "。\n", 1)} for line in lines]), encoding="utf-8")
+    model = tmp_path / "run" / "model"
+    fastpoem.fit(
+        data,
+        model=str(small_model),
+        out=str(model.parent),
+        max_steps=1,
+        batch_size=4,
+        val_poems=0,
+        from_scratch=True,
+        quiet=True,
+        line_break="[unused1]",
+        device="cpu",
+    )
+    found = report(capsys, "--model", model.parent, "--data", data, "--count", 0)
+    assert found["by_form"] == [{**found["by_form"][0], "name": "五绝", "poems": 8}]
+    assert [group["name"] for group in found["by_length"]] == ["up to 24"] and found["trained_on"]
+    tokenizer = PoemTokenizer.load(model)
+    ids = [tokenizer.library.encode(line.replace("。", "。[unused1]", 1)).ids for line in lines]
+    own = evaluation.written([lines[0].replace("。", "。\n", 1)], tokenizer, store_of(ids, edges=(40,)))
+    assert own["copied_whole"] == 1 and own["longest_copied"] == 25
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [(dict(form=7), "form=7|form: 7"), (dict(seed=1.5), "seed"), (dict(tones=True), "tones.*no such setting")],
+)
+def test_options_of_generate_are_held_to_their_kinds(small_model, options, said):
+    with pytest.raises(InputError, match=said):
+        sample(small_model, "", **options)

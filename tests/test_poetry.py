@@ -112,6 +112,10 @@ def test_a_tone_that_is_off_is_named():
     assert (
         tones("渭城朝雨浥轻尘，客舍青青柳色新。劝君更尽一杯酒，西出阳关无故人。").regulated is False
     )  # 失粘, as it is known for
+    report = tones(
+        "春雨清风过夜黄，夏头如照一斜人。秋来不说三成少，冬子人看已旧珍。"
+    )  # the first line ends level, and elsewhere
+    assert report.faults == (Fault(1, 7, "黄"),)
     assert tones("春来").regulated is None and tones("春来").lines == ("平平",)
     assert [tone_of(one) for one in "春水看𪚥"] == ["平", "仄", "中", "？"]
     assert [tone_of(one, XINYUN) for one in "白国"] == ["平", "平"] and tone_of("白") == "仄"

@@ -136,7 +136,10 @@ class Constraint:
         if self._book is not None and place in self._ends:
             before = [one for one in self._ends if one < place]
             shared = level.expand(len(text), -1)  # (B, G)
-            if before:
+            if not before:  # a first line that ends level rhymes along
+                first = groups[text[:, self._first_end]] * level
+                shared = torch.where(first.any(1, keepdim=True), first, shared)
+            else:
                 shared = groups[text[:, before]].amin(1)
                 at_level = shared * level
                 shared = torch.where(at_level.any(1, keepdim=True), at_level, shared)

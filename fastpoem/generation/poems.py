@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpoem import signals
+from fastpoem.config import coerce
 from fastpoem.errors import InputError
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.poetry.forms import form_named
@@ -25,6 +27,11 @@ if TYPE_CHECKING:
 def sample(model: str | Path, prompt: str | Sequence[str] = "", **options: object) -> list[str]:
     """`count` poems that begin with `prompt`, or with each of several. options: the other fields of GenerateConfig. Raises InputError."""
     prompts = (prompt,) if isinstance(prompt, str) else tuple(prompt)
+    known = {field.name: str(field.type) for field in dataclasses.fields(GenerateConfig)}
+    for name, value in options.items():
+        if name not in known:
+            raise InputError(name[:80], "no such setting", f"use {', '.join([*known][2:-1])} or {[*known][-1]}")
+        options[name] = coerce(name, value, known[name])
     config = GenerateConfig(model=str(model), prompt=prompts, **options)  # type: ignore[arg-type]
     return [*poems(config.check())]
 

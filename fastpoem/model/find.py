@@ -26,6 +26,7 @@ def resolve_folder(name_or_dir: str, *, weights: bool = True) -> Path:
     if there:
         raise InputError(folder, "no model folder: it has no config.json", "name a folder in Hugging Face format")
     looks_local = folder.is_absolute() or name_or_dir.startswith(".") or name_or_dir.count("/") != 1
+    looks_local = looks_local or Path(name_or_dir).parent.is_dir()  # runs/x, mistyped
     if looks_local:
         raise InputError(
             name_or_dir, "no such folder", "check the path, or give a Hugging Face name such as owner/model"

@@ -4,6 +4,7 @@ A line of five goes by one of four patterns, a line of seven puts two characters
 begins (平起, 仄起) and from whether its first line rhymes (首句入韵): four schemes. What the rules let go either way is 中, and so is a character
 that the book knows in both tones. Told are the characters that are off under the scheme that fits best. Of the exceptions known as 拗救, the
 common one within a line is let pass (平平仄平仄); those across two lines are not, nor is the first line of a poem held to its couplet's 粘 alone.
+A first line that ends level must rhyme, with a neighbouring group (邻韵) at least: 词林正韵 says which are neighbours.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ _PATTERNS = {
     (LEVEL, LEVEL): ("平平中仄平", "中平平仄平"),  # one level tone alone before the last would be 孤平
     (OBLIQUE, LEVEL): ("中仄仄平平",),
 }
+_NEIGHBOURS = ("东冬", "江阳", "支微齐灰", "鱼虞", "佳灰", "真文元", "寒删先元", "萧肴豪", "佳麻", "庚青蒸", "覃盐咸")
 
 
 class Fault(NamedTuple):
@@ -65,7 +67,18 @@ def tones(poem: str, by: str = PINGSHUI) -> Tones:
     first, *last = (book(by).of.get(one, frozenset()) for one in (text[0][-1], *ends(poem)))
     likely = "首句入韵" if first.intersection(*last) else "首句不入韵"  # between schemes that fit as well
     scheme = min(fitting, key=lambda name: (len(fitting[name]), likely not in name))
-    return Tones(lines, scheme, tuple(Fault(line + 1, at + 1, text[line][at]) for line, at in fitting[scheme]))
+    off = fitting[scheme]
+    if lines[0][-1] == LEVEL and last and not any(_near(first, one, by) for one in last):
+        off = sorted({*off, (0, len(lines[0]) - 1)})
+    return Tones(lines, scheme, tuple(Fault(line + 1, at + 1, text[line][at]) for line, at in off))
+
+
+def _near(some: frozenset[int], others: frozenset[int], by: str) -> bool:
+    """Whether two characters rhyme, by their groups: in one group, or in two that are neighbours. One that is in no group may."""
+    if not some or not others or some & others:
+        return True
+    names = [{str(book(by).groups[number])[-1] for number in numbers} for numbers in (some, others)]
+    return any(names[0] & {*group} and names[1] & {*group} for group in _NEIGHBOURS)
 
 
 @functools.cache

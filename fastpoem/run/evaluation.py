@@ -45,6 +45,12 @@ class Scores(NamedTuple):
     unknown: np.ndarray  # (n,) int64: targets that are [UNK]
     unknown_loss: np.ndarray  # (n,) float64: the part of `loss` that is theirs
     outside: np.ndarray  # (n,) int64: targets that may not be written; `narrow` is without them
+    breaks: np.ndarray  # (n,) int64: targets that are line breaks
+
+    @property
+    def characters(self) -> np.ndarray:
+        """(n,) int64: the targets less the closing token and line breaks."""
+        return self.targets - 1 - self.breaks
 
 
 def score(
@@ -64,6 +70,7 @@ def score(
     columns: list[list[Tensor]] = []
     feed, closed = Feed(store, "bucket"), torch.tensor([*untrained], dtype=torch.int64, device=device)
     unknown = IGNORE - 1 if tokenizer.unk_id is None else tokenizer.unk_id
+    mark = None if tokenizer.line_break is None else tokenizer.library.token_to_id(tokenizer.line_break)
     done = 0
     for step in validation_steps(store, rows, batch):
         ask()
@@ -72,14 +79,14 @@ def score(
         made = assemble(sent.source, sent.where, sent.shape, store.pad_id).to(device)
         with torch.no_grad():
             logits = model(made.inputs).float()  # (B * T, V)
-        columns.append([part.cpu() for part in _poem_by_poem(logits, made.targets, unknown, closed)])
+        columns.append([part.cpu() for part in _poem_by_poem(logits, made.targets, unknown, closed, mark)])
         done += len(step.index)
         progress(done)
     summed = [torch.cat(parts).numpy()[np.argsort(order)] for parts in zip(*columns, strict=True)]
     return Scores(*summed)
 
 
-def _poem_by_poem(logits: Tensor, targets: Tensor, unknown: int, closed: Tensor) -> list[Tensor]:
+def _poem_by_poem(logits: Tensor, targets: Tensor, unknown: int, closed: Tensor, mark: int | None) -> list[Tensor]:
     """The columns of Scores for a batch: logits (B * T, V) float32, targets (B, T) int64."""
     real = targets != IGNORE  # (B, T)
     flat = targets.flatten()
@@ -95,14 +102,15 @@ def _poem_by_poem(logits: Tensor, targets: Tensor, unknown: int, closed: Tensor)
         narrow = narrow.view_as(targets).double()
     counted = (right, real, strange)
     per_poem = [lost.sum(1), narrow.sum(1), *(mask.sum(1) for mask in counted)]
-    return [*per_poem, (lost * strange).sum(1), outside.sum(1)]
+    breaks = (targets == (IGNORE - 1 if mark is None else mark)).sum(1)
+    return [*per_poem, (lost * strange).sum(1), outside.sum(1), breaks]
 
 
 def summary(scores: Scores, closed: bool) -> dict[str, Any]:
     """The figures of a set of poems. closed: some ids may not be written."""
     loss, targets, poems = float(scores.loss.sum()), int(scores.targets.sum()), len(scores.loss)
     strange, known = int(scores.unknown.sum()), targets - int(scores.unknown.sum())
-    characters = targets - poems  # the closing token is none
+    characters = int(scores.characters.sum())
     found: dict[str, Any] = {
         "poems": poems,
         "tokens": targets,
@@ -127,7 +135,7 @@ def _exp(value: float) -> float | None:
 
 def by_length(scores: Scores) -> list[dict[str, Any]]:
     """Loss and accuracy of poems of like length, in characters."""
-    characters = scores.targets - 1
+    characters = scores.characters
     edges = [0, *CHARACTERS, int(max(characters.max(), CHARACTERS[-1] + 1))]
     groups = []
     for low, high in itertools.pairwise(edges):
@@ -169,7 +177,9 @@ def frequencies_only(store: TokenStore, rows: np.ndarray) -> float:
 def written(poems: list[str], tokenizer: PoemTokenizer, known: TokenStore) -> dict[str, Any]:
     """What poems of the model's own are like: forms, rhymes, repetition, and how much of them stands in `known`."""
     told = shares(poems)
-    ids = [np.array(tokenizer.library.encode(poem, add_special_tokens=False).ids) for poem in poems]
+    mark = tokenizer.line_break or ""
+    texts = [poem.replace("\n", mark) for poem in poems]
+    ids = [np.array(tokenizer.library.encode(text, add_special_tokens=False).ids) for text in texts]
     copied = longest_copied(known, ids)
     whole = copied == np.array([len(one) for one in ids])
     return {

@@ -70,7 +70,7 @@ ZH = {
     "loss {0}": "损失 {0}",
     "acc {0}": "准确率 {0}",
     "validation loss {0:.4f}": "验证损失 {0:.4f}",
-    "of {0} poems {1} are in a form, {2} rhyme": "{0} 首诗中 {1} 合于体裁，{2} 押韵",
+    "of {0} poems {1} are in a form, {2} rhyme": "{0} 首诗中 {1} 符合格式，{2} 押韵",
     "{0} tok/s": "{0} 词元/秒",
     "left {0}": "剩余 {0}",
     "saving": "正在保存",
