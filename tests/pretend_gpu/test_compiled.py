@@ -59,7 +59,7 @@ def step_of(poems: int, compiled: bool, dtype=torch.bfloat16) -> tuple[TrainStep
 
 
 # Nodes of a step's graph. Raise a number here only with a reason; bring it down with every kernel that is fused away.
-NODES = {False: 345, True: 200}
+NODES = {False: 345, True: 201}  # compiled: 198 by PyTorch 2.14, 201 by 2.11
 
 
 @pytest.mark.parametrize("compiled", [False, True])
