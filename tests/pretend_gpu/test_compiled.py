@@ -43,6 +43,7 @@ def test_no_kernel_spills(command, wide, tmp_path, sm):
 
 def step_of(poems: int, compiled: bool, dtype=torch.bfloat16) -> tuple[TrainStep, Rows]:
     """A step of the full model on `poems` poems of 67 tokens, the commonest long length, and one batch for it."""
+    choose_device("cuda:0")  # as a run does: without cuDNN's attention
     model = GPT2(FULL).train().to(CARD)
     optimizer = FlatAdamW(model, CARD, dtype, weight_decay=0.01, max_norm=1.0)
     source = torch.zeros(poems * 67, dtype=torch.int16, device=CARD)
@@ -58,7 +59,7 @@ def step_of(poems: int, compiled: bool, dtype=torch.bfloat16) -> tuple[TrainStep
 
 
 # Nodes of a step's graph. Raise a number here only with a reason; bring it down with every kernel that is fused away.
-NODES = {False: 345, True: 200}
+NODES = {False: 345, True: 201}  # compiled: 198 by PyTorch 2.14, 201 by 2.11
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -158,12 +159,12 @@ HASHED = "-2073254261"  # a constant of fastpoem.model.dropout, once for each of
     [
         (128, torch.bfloat16, True),
         (768, torch.bfloat16, False),
-        (96, torch.float32, False),
+        (36, torch.float32, False),
         (2048, torch.float32, True),
     ],
 )
 def test_masks_are_functions_of_seed_and_position(tape, monkeypatch, width, dtype, packed):
-    """However wide the model, and so whatever the shape of the kernels that draw them, in either pass."""
+    """However wide the model, and so whatever the shape of the kernels that draw them, in either pass. Heads 36 wide have no fused attention."""
     forward, backward = written(monkeypatch, width, dtype, packed)
     assert not DRAWN.findall(forward + backward)
     assert HASHED in forward and "native_dropout" not in re.sub(r"(?m)^\s*#.*", "", forward + backward)
