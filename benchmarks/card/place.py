@@ -28,9 +28,9 @@ from fastpoem.doctor.trial import POEMS
 from fastpoem.engine.precision import choose_dtype
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.model.hub import BUNDLED
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
 FEW = 1200  # poems of the small text
@@ -45,11 +45,11 @@ class Heard(Voice):
     """A voice that keeps what it says."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
+        super().__init__(quiet=True, lang="en")
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def say(self, english: str, *values: Any) -> None:
+        self.lines.append(self.words(english, *values))
 
 
 class Deadline(StopRequest):
