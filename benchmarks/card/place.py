@@ -148,7 +148,7 @@ class Place:
                 **{
                     "data": str(scene.data), "model": str(scene.model(self.shape)), "from_scratch": True, "out": str(out),
                     "device": str(self.device), "cache_dir": str(self.work), "val_poems": 0, "precision": self.precision,
-                    "log_every": 10**6, **settings,
+                    "log_every": 10**6, "sample_every": 0, **settings,
                 }
             )  # fmt: skip
             voice = Heard()
