@@ -233,11 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted.sort(key=lambda name: name in results.entries)  # what failed before comes last
             for name in wanted:
                 results.content["left_out"].pop(name, None)
+            say(f"poems: {results.content['about']['poems']}{f' ({data})' if data else ''}")
             if wanted:
                 say(
                     f"{len(wanted)} entries, {given.minutes:g} minutes at the most, on {machine.describe(device)['name']}"
                 )
-            say(f"poems: {results.content['about']['poems']}{f' ({data})' if data else ''}")
             try:
                 measure(results, place, wanted, begin + 60 * given.minutes, say)
             finally:
