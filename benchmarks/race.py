@@ -142,9 +142,10 @@ class Contender:
         val_poems: int,
         batch: int = BATCH,
         cache: Path | None = None,
+        out: Path | None = None,
     ) -> None:
-        """cache: where stores and compilers keep what they make, None: nowhere that lasts."""
-        folder = Path(tempfile.mkdtemp(prefix=f"{name.replace(', ', '-')}-", dir=scene.folder))
+        """cache: where stores and compilers keep what they make, None: nowhere that lasts. out: where its folder is made (None: the scene's)."""
+        folder = Path(tempfile.mkdtemp(prefix=f"{name.replace(', ', '-')}-", dir=out or scene.folder))
         self.name, self.log = name, folder / "log"
         self._resident, self._death = "unknown", ""
         job = {"contender": name, "data": str(scene.data), "model": str(scene.model(shape)), "folder": str(folder)}
@@ -215,10 +216,12 @@ def start(
     names: Sequence[str] = CONTENDERS,
     batch: int = BATCH,
     cache: Path | None = None,
+    out: Path | None = None,
 ) -> Iterator[dict[str, Contender]]:
     """One contender after the other, so that their loading does not disturb anybody's first turn; closed at the end."""
     give_back_memory()  # what this process has measured before leaves gigabytes
     settings: dict[str, Any] = {"device": device, "lr": lr, "val_poems": val_poems, "batch": batch, "cache": cache}
+    settings["out"] = out
     contenders = {name: Contender(name, scene, shape, **settings) for name in names}
     try:
         yield contenders

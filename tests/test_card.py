@@ -97,11 +97,15 @@ def test_a_process_does_what_fits_and_ends_after_a_failure(place, monkeypatch):
     assert seen == [(2.0, 2.0, 50)] and "it needs about 1000000 s" in told[2]["reason"] and told[-1]["entry"]["error"]
 
 
-@pytest.mark.parametrize(("seconds", "steps"), [(1000, None), (129, 50), (20, 1)])
-def test_a_falling_schedule_is_as_long_as_the_time(place, seconds, steps):
+@pytest.mark.parametrize(("setup", "seconds", "steps"), [(2, 1000, None), (2, 129, 50), (90, 157, 50), (2, 20, 0)])
+def test_a_falling_schedule_is_as_long_as_the_time(place, setup, seconds, steps):
     assert learn._steps_that_fit(place, seconds) is None
-    paced = Place(**{**vars(place), "pace": (2.0, 2.0, 300)})
-    assert learn._steps_that_fit(paced, seconds) == steps
+    paced = Place(**{**vars(place), "pace": (setup, 2.0, 300)})
+    if steps == 0:
+        with pytest.raises(RuntimeError, match="too little time"):
+            learn._steps_that_fit(paced, seconds)
+    else:
+        assert learn._steps_that_fit(paced, seconds) == steps
 
 
 # ---- the process that measures, as others may end it
@@ -117,11 +121,12 @@ for name in job["names"]:
     if name == "long":
         say(leaves=name, reason="it needs too much")
         continue
-    say(begins=name, limit=0.2 if name == "hangs" else 60)
+    print('{"ends": "good", "en', flush=True)  # half a line
+    say(begins=name, limit=0.2 if name in ("hangs", "cut off") else 60)
     if name == "dies":
         print("the last words", file=sys.stderr)
         os.kill(os.getpid(), 9)
-    if name == "hangs":
+    if name in ("hangs", "cut off"):
         time.sleep(600)
     say(ends=name, entry={"part": "speed", "seconds": 1.0, **({"error": "E: planted"} if name == "fails" else {"result": {}})})
     if name == "fails":
@@ -136,7 +141,7 @@ def scripted(tmp_path, place, monkeypatch):
     place.work.mkdir()
     monkeypatch.setattr(card, "WORKER", [sys.executable, str(tmp_path / "script.py")])
     monkeypatch.setattr(card, "GRACE", 0.3)
-    names = ["good", "fails", "dies", "hangs", "long", "unable", "better"]
+    names = ["good", "fails", "dies", "hangs", "long", "unable", "better", "cut off"]
     monkeypatch.setattr(card, "entries", lambda device, small: [entry(None)._replace(name=name) for name in names])
     results, said = Results(tmp_path), []
 
@@ -175,6 +180,21 @@ def test_a_process_that_cannot_begin_costs_one_entry(scripted):
     assert results.is_done("good")
 
 
+def test_what_the_end_cuts_off_has_not_failed(scripted):
+    results, _ = scripted("cut off", minutes=0.01)
+    assert [*results.content["left_out"]] == ["cut off"] and not results.entries
+
+
+def test_tables_are_written_whatever_ends_a_call(place, tmp_path, monkeypatch):
+    def stopped(*_):
+        sys.exit(143)
+
+    monkeypatch.setattr(card, "measure", stopped)
+    with pytest.raises(SystemExit):
+        card.main(["--out", str(tmp_path), "--device", "cpu", "--work", str(place.work)])
+    assert (tmp_path / "card.md").is_file()
+
+
 def test_no_time_is_said(scripted):
     results, _ = scripted("good", minutes=0)
     assert results.content["left_out"] == {"good": "the time was over"} and not results.entries
@@ -189,6 +209,8 @@ def test_figures_of_two_cards_do_not_meet(tmp_path):
     results.begin(about)
     results.keep("a", {"part": "speed", "result": {"x": float("nan")}})
     assert Results(tmp_path).result("a") == {"x": None}
+    results.keep("b", {"part": "checks", "result": {"ok": False}})
+    assert results.is_done("a") and not results.is_done("b")  # what was wrong is tried again
     Results(tmp_path).begin({**about, "driver": "newer"})
     with pytest.raises(
         InputError, match=r"card.json: was measured with name H100, and here it is A100; name another folder"
@@ -222,6 +244,9 @@ def test_the_list(small):
         f"batch {poems}, {how}" for poems in ((16, 32) if small else entries.BATCHES) for how in ("pack", "bucket")
     } <= {*names}
     assert sum(one.needs for one in entries.chosen(listed, "forms", ())) < 540
+    first = names[: names.index("learn fast, 0.2 / width") + 1]  # in a first call of nine minutes
+    assert first[:3] == ["doctor, quick", "epoch", "batch 16, pack"] and len(first) == 10
+    assert sum(one.needs for one in listed[:10]) < 540
 
 
 # ---- what it says
@@ -254,7 +279,7 @@ def h100(folder):
     speed = {"steps": 400, "poems_per_s": 7000.0, "tokens_per_s": 450e3, "mfu": 0.167, "epoch_s": 30.0, "said": []}
     batch = speed | {"step_ms": 2.2, "memory": {"allocated": 2 << 30, "reserved": 3 << 30}, "nodes": 203}
     found = {
-        "doctor": doctor, "memcheck": {"ok": False, "summary": "ERROR SUMMARY: 2 errors", "errors": ["Invalid __global__ write of size 2 bytes"]},
+        "doctor, quick": doctor, "memcheck": {"ok": False, "summary": "ERROR SUMMARY: 2 errors", "errors": ["Invalid __global__ write of size 2 bytes"]},
         "epoch": speed | {"of": 13597, "seconds": 30.0, "setup_s": 20.0, "whole_s": 52.0},
         "notebook, batch 16": speed | {"by": "notebook", "turns": 8, "epoch_s": 420.0, "step_ms": 31.0, "setup_s": 9.0},
         "trainer, compiled, batch 16": speed | {"by": "loop, compiled", "turns": 8, "tokens_per_s": 150e3, "step_ms": 6.0, "setup_s": 60.0},
@@ -354,6 +379,7 @@ def test_what_ncu_says():
 @pytest.mark.parametrize(
     ("said", "code", "ok"),
     [
+        ("========= RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)", 0, False),
         ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors", 0, True),
         (
             "========= Invalid __global__ write of size 2 bytes\n=========     at update\n========= ERROR SUMMARY: 12 errors",
@@ -376,7 +402,7 @@ def test_what_the_sanitizer_says(tmp_path, monkeypatch, said, code, ok):
         with pytest.raises(RuntimeError, match=r"memcheck said nothing \(exit code 1\): no such device"):
             tools.sanitizer("memcheck", place, 20)
     else:
-        found = tools.sanitizer("memcheck", place, 20)
+        found = tools.sanitizer("racecheck" if "RACECHECK" in said else "memcheck", place, 20)
         assert found["ok"] is ok and "SUMMARY" in found["summary"] and len(found["errors"]) == said.count("\n")
     with pytest.raises(Missing):
         tools.sanitizer("memcheck", SimpleNamespace(gpu=False, device="cpu"), 20)

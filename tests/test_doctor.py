@@ -322,7 +322,7 @@ def a_card(monkeypatch, tmp_path):
     """A CUDA device as far as `trust` asks for one; `ran` are the checks that were run on it, `outcome` what they find."""
 
     class Card:
-        ran, outcome, records, name, said = [], {}, {}, "H100, driver 1", []
+        ran, outcome, records, name, said, stopped = [], {}, {}, "H100, driver 1", [], None
 
     keep_caches_in(None)  # an earlier run of this process may have said --cache-dir
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -330,12 +330,15 @@ def a_card(monkeypatch, tmp_path):
     monkeypatch.setattr(trust, "card", lambda device: Card.name)
     monkeypatch.setattr(trust, "why_not_compile", lambda device: None)
 
-    def run(device, names, patience):
+    def run(device, names, patience, ended):
         done = {}
         for name in names:
             Card.ran.append(name)
             note = Card.outcome.get(name)
             done[name] = [Record(Card.records.get(name, name), note is None, note=note or "")]
+            ended(name, done[name])
+            if Card.stopped == name:
+                raise Stopped(15)
             if note is not None:
                 break
         return done, None, "ended"
@@ -559,6 +562,14 @@ def test_what_the_user_insists_on_is_not_done_without(a_card, failing, settings)
     assert error.value.thing == f"--{name} {settings[name]}" and "error 0.3" in error.value.reason
 
 
+def test_who_is_stopped_keeps_what_has_ended(a_card):
+    a_card.stopped = "attention bfloat16"
+    with pytest.raises(Stopped):
+        decide(a_card)
+    a_card.stopped = None
+    assert decide(a_card) == Trusted() and a_card.ran == USED
+
+
 def test_what_could_not_begin_is_not_held_against_the_card(a_card):
     a_card.outcome["compiled bfloat16"] = f"{apart.NOT_BEGUN}: all devices are busy"
     assert not decide(a_card).compile
@@ -657,8 +668,9 @@ def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
 
     monotonic.calls = 0
     monkeypatch.setattr(apart, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
-    found = dict(apart.in_a_process(CPU, names))
-    assert list(found) == names
+    told = []
+    found = dict(apart.in_a_process(CPU, names, ended=lambda name, records: told.append(name)))
+    assert list(found) == names and told == [name for name in names if name not in ("dies", "hangs")]
     assert [name for name in names if not right(found[name])] == ["dies", "fails", "hangs"]
     assert "signal 11" in found["dies"][0].note
     assert (
@@ -697,7 +709,9 @@ def test_checks_run_apart_and_what_they_break_is_theirs(tmp_path, monkeypatch):
 
 def test_the_cheapest_checks_come_first(monkeypatch):
     asked = []
-    monkeypatch.setattr(apart, "_one_process", lambda device, names, seconds: asked.append([*names]) or ({}, None, ""))
+    monkeypatch.setattr(
+        apart, "_one_process", lambda device, names, seconds, ended: asked.append([*names]) or ({}, None, "")
+    )
     names = examine._checks(CUDA, torch.bfloat16, None, quick=False, packs=True)[0]
     list(apart.in_a_process(CUDA, names[::-1]))
     pieces = [name.split()[0] for name in asked[0]]

@@ -1,7 +1,8 @@
 """`python -m benchmarks.card --out DIR`: measure what is not in DIR/card.json yet, for --minutes at the most, and write card.json, card.md, PNGs,
 and log.txt (what libraries said).
 
-A call goes on where the last one ended; what failed is tried again after what was never tried. `--part draw` measures nothing: it writes card.md and
+A call goes on where the last one ended, so DIR must be a folder that lasts from call to call, as `runs/card`; what failed or was wrong is
+tried again after what was never tried. `--part draw` measures nothing: it writes card.md and
 the PNGs (where matplotlib is) of a card.json that came from another machine.
 """
 
@@ -35,6 +36,7 @@ from fastpoem.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 WORKER = [sys.executable, "-m", "benchmarks.card.worker"]
+LATE = "had not ended in its time"
 GRACE = 5.0  # seconds that an entry may be late, before its process is ended
 HERE = ("data/poems.txt.xz", "models/gpt2-distil-chinese")  # in the folder of shared data
 
@@ -54,7 +56,10 @@ def measure(results: Results, place: Place, names: Sequence[str], end: float, sa
     while left and time.time() < end:
         ending, last, handled, under_way = _one_process(results, place, left, end, say)
         lost = under_way or (left[0] if not handled else None)  # a process that could not even begin costs the first
-        if lost is not None:
+        if lost is not None and ending == LATE and time.time() >= end:
+            results.leave_out(lost, "the time was over before it had ended")
+            say(f"  {lost}: left out, the time was over before it had ended")
+        elif lost is not None:
             entry = {"part": parts[lost], "error": f"its process {ending}; the end of its log: {last}"}
             results.keep(lost, entry)
             say(f"  {lost}: {_words(entry)}")
@@ -92,12 +97,15 @@ def _one_process(
                 line = lines.get(timeout=0.2)
             except queue.Empty:
                 if time.time() > limit + GRACE:
-                    ending = "had not ended in its time"
+                    ending = LATE
                     break
                 continue
             if not line:
                 break
-            told = json.loads(line)
+            try:
+                told = json.loads(line)
+            except ValueError:  # half a line, of a process that died over it
+                continue
             if "begins" in told:
                 under_way, limit = told["begins"], time.time() + told["limit"]
             elif "ends" in told:
@@ -175,7 +183,9 @@ def about(place: Place) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m benchmarks.card", description="Everything a card can tell.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for card.json, card.md and PNGs")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for card.json, card.md and PNGs, that lasts from call to call"
+    )
     parser.add_argument(
         "--part", choices=[*PARTS, "all", "draw"], default="all", help="draw: only write what card.json says"
     )
@@ -223,11 +233,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             wanted.sort(key=lambda name: name in results.entries)  # what failed before comes last
             for name in wanted:
                 results.content["left_out"].pop(name, None)
+            say(f"poems: {results.content['about']['poems']}{f' ({data})' if data else ''}")
             if wanted:
                 say(
                     f"{len(wanted)} entries, {given.minutes:g} minutes at the most, on {machine.describe(device)['name']}"
                 )
-            measure(results, place, wanted, begin + 60 * given.minutes, say)
+            try:
+                measure(results, place, wanted, begin + 60 * given.minutes, say)
+            finally:
+                markdown.write(results)  # whatever ends it
         for path in [markdown.write(results), *draw.charts(results, say)]:
             say(str(path))
     except InputError as error:

@@ -33,6 +33,7 @@ def timed(place: Place, run: Callable[[], Any], times: int = 20, rounds: int = 7
         run()
         return statistics.median(_clock(run) for _ in range(rounds))
     aside = torch.cuda.Stream(place.device)
+    aside.wait_stream(torch.cuda.current_stream(place.device))
     with torch.cuda.stream(aside):
         run()
     torch.cuda.current_stream(place.device).wait_stream(aside)

@@ -45,46 +45,70 @@ def entries(device: torch.device, small: bool) -> list[Entry]:
         listed.append(Entry(name, part, needs, 240 if small else most or 3 * needs + 60, run))
 
     untimed = lambda run: lambda place, seconds: run(place)
-    add("doctor", "checks", 90, checks.doctor, most=300, small_needs=20)
+
+    def contender(name: str, poems: int, needs: float) -> None:
+        run = partial(speed.contender, name, poems)
+        add(f"{name}, batch {poems}", "speed", needs, run, most=150, small_needs=5)
+
+    def batch(poems: int, batching: str) -> None:
+        add(
+            f"batch {poems}, {batching}",
+            "speed",
+            35 if batching == "pack" else 60,
+            partial(speed.batch, poems, batching),
+        )
+
+    def compared(name: str) -> None:
+        run = forms.COMPARED[name]
+        add(name, "forms", 70 if run is forms.resumed else 35, untimed(run))
+
+    def learn_(name: str) -> None:
+        add(f"learn {name}", "learn", 50, partial(learn.learn, name), most=150)
+
+    smallest, *more = batches
+    usual = 256 if 256 in more else more[0]
+    first = [smallest, usual, *(batches[at] for at in (2, 6) if len(batches) > 6)]
+    # What a first call of nine minutes should hold.
+    add("doctor, quick", "checks", 60, partial(checks.doctor, quick=True), most=200, small_needs=20)
+    add("epoch", "speed", 60, speed.epoch, most=200)
+    batch(smallest, "pack")
+    contender(NOTEBOOK, smallest, 30)
+    contender(TRAINER, smallest, 60)
+    batch(usual, "pack")
+    contender(TRAINER, usual, 60)
+    add("bandwidth", "speed", 15, bandwidth.bandwidth)
+    late, *others = forms.COMPARED
+    compared(late)
+    fast, *rest = learn.RUNS
+    learn_(fast)
+
     for form in forms.FORMS:
         add(f"steps, {form}", "forms", 45 if "compiled" in form else 25, untimed(partial(forms.steps, form)))
-    add("epoch", "speed", 60, speed.epoch, most=200)
-    add("bandwidth", "speed", 15, bandwidth.bandwidth)
-    first = [batches[at] for at in (0, 4, 2, 6)] if len(batches) > 6 else [*batches]
-    for poems in first:
-        add(f"batch {poems}, pack", "speed", 35, partial(speed.batch, poems, "pack"))
-    add(f"{NOTEBOOK}, batch {batches[0]}", "speed", 30, partial(speed.contender, NOTEBOOK, batches[0]), most=60)
-    add(
-        f"{TRAINER}, batch {batches[0]}",
-        "speed",
-        60,
-        partial(speed.contender, TRAINER, batches[0]),
-        most=150,
-        small_needs=5,
-    )
-    for name, run in forms.COMPARED.items():
-        add(name, "forms", 70 if run is forms.resumed else 35, untimed(run))
-    for name in ("fast, 0.2 / width", "default"):
-        add(f"learn {name}", "learn", 50, partial(learn.learn, name), most=120)
+    for name in others:
+        compared(name)
     add("memcheck", "checks", 40, partial(tools.sanitizer, "memcheck"), most=150)
-    for poems in [*first[1:]]:
-        add(f"{TRAINER}, batch {poems}", "speed", 60, partial(speed.contender, TRAINER, poems), most=150, small_needs=5)
+    if not small:
+        add("doctor", "checks", 90, checks.doctor, most=300)
+    for poems in first[2:]:
+        batch(poems, "pack")
+    learn_(rest[0])
+    for poems in first[2:]:
+        contender(TRAINER, poems, 60)
     for poems in first:
-        add(f"batch {poems}, bucket", "speed", 45, partial(speed.batch, poems, "bucket"))
+        batch(poems, "bucket")
     for form in ("fp32", "compiled + graphs"):
         add(f"steps with dropout, {form}", "forms", 30, untimed(partial(forms.steps, form, dropout=0.1)))
     add("racecheck", "checks", 40, partial(tools.sanitizer, "racecheck"), most=150)
     add("ncu", "speed", 40, tools.ncu, most=120)
-    for name in learn.RUNS:
-        if name not in ("fast, 0.2 / width", "default"):
-            add(f"learn {name}", "learn", 50, partial(learn.learn, name), most=150)
+    for name in rest[1:]:
+        learn_(name)
     for poems in (one for one in batches if one not in first):
-        add(f"batch {poems}, pack", "speed", 35, partial(speed.batch, poems, "pack"))
+        batch(poems, "pack")
     for poems in (one for one in batches if one not in first):
-        add(f"batch {poems}, bucket", "speed", 45, partial(speed.batch, poems, "bucket"))
-        add(f"{TRAINER}, batch {poems}", "speed", 60, partial(speed.contender, TRAINER, poems), most=150, small_needs=5)
+        batch(poems, "bucket")
+        contender(TRAINER, poems, 60)
     for name in checks.names(device):
-        needs = 25 if name.startswith(("compiled", "replay")) else 8
+        needs = 60 if "full" in name else 25 if name.startswith(("compiled", "replay")) else 8
         add(f"{CHECKED}{name}", "checks", needs, untimed(partial(checks.check, name)), small_needs=2)
     return listed
 

@@ -17,6 +17,8 @@ from fastpoem.doctor import machine
 from fastpoem.engine.step import evaluate
 
 CURVE = 200  # points of a curve that are kept
+SETUP = 30.0  # seconds before the first step, at the most
+LEAST = 0.05  # of an epoch
 RUNS: dict[str, dict[str, Any]] = {
     "fast, 0.2 / width": {"recipe": "fast"},
     "default": {},
@@ -39,6 +41,7 @@ def learn(name: str, place: Place, seconds: float) -> dict[str, Any]:
         fits = _steps_that_fit(place, seconds) if settings.get("recipe") == "fast" else None
         more = {"log_every": place.size(50, 5), "val_poems": place.size(512, 64), "max_steps": fits}
         with place.run(out / "run", **{**settings, **more}) as (loop, _):
+            loop.save = lambda **_: None  # type: ignore[method-assign]
             begun = time.monotonic()
             loop.run(Deadline(max(3.0, seconds - (begun - begin) - 8)))
             machine.wait(place.device)
@@ -55,16 +58,20 @@ def learn(name: str, place: Place, seconds: float) -> dict[str, Any]:
                 "seconds": took,
             }
             return found | {
-                "curve": curve[:: math.ceil(len(curve) / CURVE)],
+                "curve": curve[:: max(1, math.ceil(len(curve) / CURVE))],
                 "lr": loop.config.lr,
                 "batch": loop.config.batch_size,
             }
 
 
 def _steps_that_fit(place: Place, seconds: float) -> int | None:
-    """Of a schedule that falls to its end, by the speed of the epoch that was timed. None: a whole epoch, as far as is known."""
+    """Of a schedule that falls to its end, by the speed of the epoch that was timed. None: a whole epoch, as far as is known. Raises
+    RuntimeError where it would be too short to say anything."""
     if place.pace is None:
         return None
     setup, each, whole = place.pace
-    fits = int((seconds - setup - 15) / each / 1.1)
-    return None if fits >= whole else max(fits, 1)
+    # The epoch's was with checks, and with compilers whose caches were cold.
+    fits = int((seconds - min(setup, SETUP) - 15) / each / 1.1)
+    if fits < LEAST * whole:
+        raise RuntimeError("too little time for a schedule")
+    return None if fits >= whole else fits

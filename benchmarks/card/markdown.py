@@ -54,7 +54,7 @@ def right(value: Any) -> str:
 
 
 def checks(results: Results) -> Iterator[str]:
-    doctor, records = results.result("doctor"), []
+    doctor, records = results.result("doctor") or results.result("doctor, quick"), []
     if doctor is not None:
         yield doctor["sentence"] + "."
         rows = [

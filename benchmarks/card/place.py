@@ -28,9 +28,9 @@ from fastpoem.doctor.trial import POEMS
 from fastpoem.engine.precision import choose_dtype
 from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.model.hub import BUNDLED
+from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
-from fastpoem.run.metrics import Voice
 from fastpoem.signals import StopRequest
 
 FEW = 1200  # poems of the small text
@@ -45,11 +45,11 @@ class Heard(Voice):
     """A voice that keeps what it says."""
 
     def __init__(self) -> None:
-        super().__init__(quiet=True)
+        super().__init__(quiet=True, lang="en")
         self.lines: list[str] = []
 
-    def say(self, line: str) -> None:
-        self.lines.append(line)
+    def say(self, english: str, *values: Any) -> None:
+        self.lines.append(self.words(english, *values))
 
 
 class Deadline(StopRequest):
@@ -148,7 +148,7 @@ class Place:
                 **{
                     "data": str(scene.data), "model": str(scene.model(self.shape)), "from_scratch": True, "out": str(out),
                     "device": str(self.device), "cache_dir": str(self.work), "val_poems": 0, "precision": self.precision,
-                    "log_every": 10**6, **settings,
+                    "log_every": 10**6, "sample_every": 0, **settings,
                 }
             )  # fmt: skip
             voice = Heard()

@@ -57,7 +57,9 @@ class Results:
         self.write()
 
     def is_done(self, name: str) -> bool:
-        return "result" in self.entries.get(name, {}) or "missing" in self.entries.get(name, {})
+        """What was right, by whatever version of the source, and what this machine has not. What was wrong is tried again, as what failed."""
+        entry = self.entries.get(name, {})
+        return "missing" in entry or ("result" in entry and entry["result"].get("ok") is not False)
 
     def result(self, name: str) -> dict[str, Any] | None:
         return self.entries.get(name, {}).get("result")

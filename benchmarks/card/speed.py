@@ -35,7 +35,10 @@ def epoch(place: Place, seconds: float) -> dict[str, Any]:
     begin = time.perf_counter()
     with (
         place.folder() as out,
-        place.run(out / "run", checked=True, log_every=100, val_poems=place.size(512, 64)) as (loop, said),
+        place.run(out / "run", checked=True, log_every=100, val_poems=place.size(512, 64), sample_every=None) as (
+            loop,
+            said,
+        ),
     ):
         setup, one_step = time.perf_counter() - begin, loop.one_step
         ended, recorded_s = begin, loop.step.setup_seconds
@@ -43,11 +46,13 @@ def epoch(place: Place, seconds: float) -> dict[str, Any]:
         def counted() -> None:
             nonlocal ended
             one_step()
+            if loop.done == loop.last_step or deadline.signal is not None:
+                machine.wait(place.device)  # a step is queued long before it is done
             ended = time.perf_counter()
 
         loop.one_step = counted  # type: ignore[method-assign]
-        begun = time.perf_counter()
-        loop.run(Deadline(max(5.0, seconds - setup - 10)))
+        begun, deadline = time.perf_counter(), Deadline(max(5.0, seconds - setup - 10))
+        loop.run(deadline)
         machine.wait(place.device)
         whole, took, steps = time.perf_counter() - begin, ended - begun, loop.done
         tokens, flops = _work(place, loop, range(steps))
@@ -73,7 +78,7 @@ def batch(poems: int, batching: str, place: Place, seconds: float) -> dict[str, 
         torch.cuda.reset_peak_memory_stats(place.device)
     begin = time.perf_counter()
     with place.folder() as out:
-        settings = {"compile": "on" if place.gpu else "off", "graphs": "on"}
+        settings = {"compile": "on" if place.gpu else "off", "graphs": "auto"}  # all sizes may not fit
         with place.run(out / "run", batching=batching, batch_size=poems, **settings) as (loop, said):
             setup, order = time.perf_counter() - begin, loop.order
             some = np.random.default_rng(0).permutation(order.steps)[: 20 * count].tolist()
@@ -103,9 +108,13 @@ def batch(poems: int, batching: str, place: Place, seconds: float) -> dict[str, 
             }
             found |= {
                 "epoch_s": took / len(steps) * order.steps,
-                "said": [line for line in said if "could not" in line],
+                "said": [line for line in said if "could not" in line or "failed" in line],
             }
-            return found | {"nodes": nodes(loop.step, next(iter(shapes))) if place.gpu else None}
+            if place.gpu and found["recorded"]:
+                loop.step.launch.recorded.clear()  # type: ignore[union-attr]  # their memory is wanted for the next
+                torch.cuda.empty_cache()
+                found["nodes"] = nodes(loop.step, next(iter(shapes)))
+            return {"nodes": None, **found}
 
 
 def contender(name: str, poems: int, place: Place, seconds: float) -> dict[str, Any]:
@@ -119,7 +128,12 @@ def contender(name: str, poems: int, place: Place, seconds: float) -> dict[str, 
     turns = TURNS if place.gpu else 2
     chosen = programme.evenly(each * turns)["notebook" if name == "notebook" else "trainer, sorted"]
     begin, hands = time.monotonic(), race.dealt(each * turns, turns)
-    with race.start(scene, place.shape, device=device, names=[name], batch=poems, cache=place.work) as contenders:
+    with (
+        place.folder() as out,
+        race.start(
+            scene, place.shape, device=device, names=[name], batch=poems, cache=place.work, out=out
+        ) as contenders,
+    ):
         one, done = contenders[name], []
         one.turn(chosen.part(hands[0]), seconds / 2)  # what only first steps pay, and compiling
         setup = time.monotonic() - begin

@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -60,6 +61,7 @@ def free(place: Place) -> None:
 def main(job: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> int:
     place = read_place(job["place"])
     keep_caches_in(str(place.work))
+    shutil.rmtree(place.work / "runs", ignore_errors=True)  # of one that was killed
     known = {entry.name: entry for entry in entries(place.device, place.small)}
     for name in job["names"]:
         entry, left = known[name], job["end"] - time.time()

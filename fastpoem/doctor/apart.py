@@ -19,21 +19,26 @@ from fastpoem.doctor import checks
 from fastpoem.doctor.verdicts import failures
 from fastpoem.signals import ask
 
+Ended = Callable[[str, list[Record]], None]
 SECONDS = 60.0  # that a check may take
 # times as long while it compiles a model; and for the process to start, which reads PyTorch from a disk and wakes the card
 PREPARING = 5
 
 
 def in_a_process(
-    device: torch.device, names: Sequence[str], seconds: float = SECONDS
+    device: torch.device,
+    names: Sequence[str],
+    seconds: float = SECONDS,
+    ended: Ended = lambda name, records: None,
 ) -> Iterator[tuple[str, list[Record]]]:
     """Run checks apart from this process, the cheapest first, and in another one after each that fails; yields (name, its records).
 
     Those that train and come after `kernels` do without the kernels that failed, which their names then say. seconds: what a check may take,
-    and PREPARING times as long for what it compiles: one that hangs costs that, and the others nothing."""
+    and PREPARING times as long for what it compiles: one that hangs costs that, and the others nothing. ended: hears of each that its
+    process has told of, at once: who is stopped before the last has those."""
     left = sorted(names, key=checks.cost)
     while left:
-        done, begun, ending = _one_process(device, left, seconds)
+        done, begun, ending = _one_process(device, left, seconds, ended)
         unwilling = begun is None and not done
         if unwilling:
             done[left[0]] = [Record(left[0], False, note=f"{NOT_BEGUN}: {ending}")]
@@ -52,7 +57,7 @@ NOT_BEGUN = "the check could not begin"
 
 
 def _one_process(
-    device: torch.device, names: Sequence[str], seconds: float
+    device: torch.device, names: Sequence[str], seconds: float, ended: Ended
 ) -> tuple[dict[str, list[Record]], str | None, str]:
     """(records of the checks that ended, the one that was under way when the process ended, how it ended)."""
     roots = [str(Path(package.__file__ or "").parents[1]) for package in (checks, fastpoem_kernels)]
@@ -83,6 +88,7 @@ def _one_process(
                 elif "check" in told:
                     begun, compiles = None, False
                     done[told["check"]] = [Record(**fields) for fields in told["records"]]
+                    ended(told["check"], done[told["check"]])
             return begun, compiles
 
         try:

@@ -6,7 +6,7 @@ number is zero, or the weights did not move, that is a failure too.
 
 A check is named by a line: `kernels 21128` (the vocabulary; with `float16` where that is computed in), or `attention`, `compiled` or `replay` with a dtype and `packed`, `compiled`,
 `full` (the real model's shape), `separate` (compiled without combined kernels, which failed), `plain-loss` or `plain-update` (without a kernel of ours, which failed) behind it. As a program it runs
-checks in a process of their own (`fastpoem.doctor.trust`), because a kernel that writes where it should not leaves a CUDA context in which
+checks in a process of their own (`fastpoem.doctor.apart`), because a kernel that writes where it should not leaves a CUDA context in which
 nothing works any more.
 """
 

@@ -42,10 +42,11 @@ def examine(
         skipped += [{"name": name, "reason": "FASTPOEM_ASSUME_CHECKED=1"} for name in names]
     else:
         say(f"checking {', '.join(dict.fromkeys(name.split()[0] for name in names))}")
+        ended = verdicts.keep(verdicts.card(device)) if gpu else None
         while names:
             # on a CPU nothing that fails can spoil the process
             here = ((name, checks.run(name, device)) for name in names)
-            for name, records in in_a_process(device, names, seconds) if gpu else here:
+            for name, records in in_a_process(device, names, seconds, ended) if ended else here:
                 ask()
                 found[name] = records
                 for record in records:

@@ -17,7 +17,7 @@ import torch
 from fastpoem.config import TrainConfig
 from fastpoem.doctor import checks
 from fastpoem.doctor.apart import in_a_process
-from fastpoem.doctor.verdicts import Failures, card, failures, remember, remembered
+from fastpoem.doctor.verdicts import Failures, card, failures, keep, remember, remembered
 from fastpoem.engine.build import Trusted
 from fastpoem.engine.compile import why_not_compile
 from fastpoem.engine.kernels import PLAIN, choose_kernels
@@ -104,6 +104,6 @@ def look_up(device: torch.device, names: Sequence[str], say: Callable[[str], Non
             pieces = ", ".join(dict.fromkeys(name.split()[0] for name in missing))
             say(f"checking this GPU, once: {pieces} (a minute or two)")
             told = True
-        found = dict(in_a_process(device, missing))
+        found = dict(in_a_process(device, missing, ended=keep(card(device))))
         remember(card(device), found)
         known |= {name: failures(records) for name, records in found.items()}

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,11 @@ def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
         except BaseException:
             os.unlink(name)
             raise
+
+
+def keep(key: str) -> Callable[[str, Sequence[Record]], None]:
+    """Remembers each check by itself, as it ends: nobody knows whether the others will."""
+    return lambda name, records: remember(key, {name: records})
 
 
 def _read() -> dict[str, Any]:

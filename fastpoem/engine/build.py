@@ -94,7 +94,7 @@ def _compile(
             if not together and insists:
                 raise
             say(
-                f"combined kernels could not be compiled ({first_line(error)}): each has a launch of its own"
+                f"the compiled step failed with combined kernels ({first_line(error)}): each has a launch of its own"
                 if together
                 else f"the model could not be compiled ({first_line(error)}): PyTorch's own kernels are used"
             )
