@@ -144,7 +144,7 @@ def test_what_a_pipe_gets(base, tmp_path, capsys, monkeypatch, lang):
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert "\x1b" not in said
-    logged = [line for line in lines if "tok/s  left" in line or "词元/秒  剩余" in line or "mean loss" in line]
+    logged = [line for line in lines if "tok/s  left" in line or "token/秒  剩余" in line or "mean loss" in line]
     assert len(logged) > 10 and all(cell_len(line) <= 80 for line in logged)
     if lang == "zh":
         for part in ("数据", "4 首", "每轮 14 步", "第 1/2 轮", "验证损失", "最好", f"训练好的模型在 {run.model}"):
