@@ -4,15 +4,7 @@ import json
 
 from conftest import UNCOVERED
 
-GRAPHS = (
-    "steps, graphs",
-    "a capture that fails late",
-    "checkpoints while graphs replay",
-    "bandwidth",
-    "epoch",
-    "batch 16, pack",
-    "stopped and resumed",
-)
+GRAPHS = ("steps, graphs", "a capture that fails late", "checkpoints while graphs replay", "bandwidth")
 
 
 def test_entries_of_a_card(command, tmp_path):
@@ -24,9 +16,8 @@ def test_entries_of_a_card(command, tmp_path):
     assert {name: entry.get("error") for name, entry in found["entries"].items()} == dict.fromkeys(GRAPHS), outcome.said
     assert outcome.code == 0 and "H100 (pretend)" in found["about"]["name"]
     results = {name: entry["result"] for name, entry in found["entries"].items()}
-    steps, late, saved, rates, epoch, batch, resumed = (results[name] for name in GRAPHS)
+    steps, late, saved, rates = (results[name] for name in GRAPHS)
     assert steps["recorded"] >= 2 and not steps["broken"] and len(steps["losses"]) == 8
     assert late["ok"] and "could not be recorded" in late["said"][0]
     assert saved["ok"] and saved["checkpoints"] >= 2
-    assert epoch["steps"] == epoch["of"] and batch["recorded"] and batch["nodes"] > 0 and resumed["ok"]
     assert all(row["us"] > 0 for row in rates["rows"].values())
