@@ -245,8 +245,8 @@ def test_the_list(small):
     } <= {*names}
     assert sum(one.needs for one in entries.chosen(listed, "forms", ())) < 540
     first = names[: names.index("learn fast, 0.2 / width") + 1]  # in a first call of nine minutes
-    assert first[:3] == ["doctor, quick", "epoch", "batch 16, pack"] and len(first) == 10
-    assert sum(one.needs for one in listed[:10]) < 540
+    assert first[:3] == ["doctor, quick", "epoch", "batch 16, pack"] and len(first) == 10 - small
+    assert sum(one.needs for one in listed[: len(first)]) < 540
 
 
 # ---- what it says

@@ -195,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=9.0, help="what does not fit into so many is left out, and said"
     )
-    parser.add_argument("--data", type=Path, help="poems (default: the shared ones, or made-up ones of their lengths)")
+    parser.add_argument(
+        "--data", type=Path, help="poems (default: the shared ones, or made-up ones of their lengths; small: made up)"
+    )
     parser.add_argument("--tokenizer", type=Path, help="folder of the model whose vocabulary is taken")
     parser.add_argument(
         "--work", type=Path, help="folder for stores and compilers' caches (default: in the user's cache)"
@@ -213,9 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = Results(given.out)
         if given.part != "draw" or given.list:
             device = choose_device(given.device, say)
-            data, tokenizer = find_data(given.data, given.tokenizer)
+            small, data, tokenizer = given.small or device.type != "cuda", given.data, given.tokenizer
+            if not small:  # with the real vocabulary a small model is slow, and no better than with a small one
+                data, tokenizer = find_data(data, tokenizer)
             work = given.work or machine_cache()
-            place = Place(device, given.small or device.type != "cuda", work.absolute(), data, tokenizer)
+            place = Place(device, small, work.absolute(), data, tokenizer)
             listed = entries(device, place.small)
             if unknown := [name for name in given.only if name not in {one.name for one in listed}]:
                 raise InputError(f"--only {unknown[0]}", "is no entry", "--list prints them")

@@ -63,7 +63,7 @@ def entries(device: torch.device, small: bool) -> list[Entry]:
         add(name, "forms", 70 if run is forms.resumed else 35, untimed(run))
 
     def learn_(name: str) -> None:
-        add(f"learn {name}", "learn", 50, partial(learn.learn, name), most=150)
+        add(f"learn {name}", "learn", 50, partial(learn.learn, name), most=150, small_needs=25)
 
     smallest, *more = batches
     usual = 256 if 256 in more else more[0]
@@ -75,7 +75,8 @@ def entries(device: torch.device, small: bool) -> list[Entry]:
     contender(NOTEBOOK, smallest, 30)
     contender(TRAINER, smallest, 60)
     batch(usual, "pack")
-    contender(TRAINER, usual, 60)
+    if not small:  # there the compiler takes most of a minute for each
+        contender(TRAINER, usual, 60)
     add("bandwidth", "speed", 15, bandwidth.bandwidth)
     late, *others = forms.COMPARED
     compared(late)

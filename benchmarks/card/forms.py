@@ -129,7 +129,7 @@ def saved(place: Place) -> dict[str, Any]:
 def resumed(place: Place) -> dict[str, Any]:
     """A run that a signal stops halfway and that goes on, against one that was never stopped: losses, and the weights at the end."""
     count = place.size(60, 12)
-    settings = {"compile": "on", "graphs": "on"}
+    settings = {"compile": "on" if place.gpu else "off", "graphs": "on"}
     plain, again = (_losses(place, count, **settings) for _ in range(2))
     with place.folder() as out:
         with _short(place, out, count, **settings) as (loop, _):
