@@ -560,10 +560,11 @@ def test_what_the_user_insists_on_is_not_done_without(a_card, failing, settings)
 
 def test_what_could_not_begin_is_not_held_against_the_card(a_card):
     a_card.outcome["compiled bfloat16"] = f"{apart.NOT_BEGUN}: all devices are busy"
-    assert not decide(a_card).compile
+    assert decide(a_card) == Trusted(combined=False)
     a_card.outcome.clear()
-    assert decide(a_card).compile
-    assert a_card.ran == [*USED, "compiled bfloat16"]
+    assert decide(a_card) == Trusted()
+    tried = ["compiled bfloat16 separate", "replay bfloat16", "replay bfloat16 compiled separate"]
+    assert a_card.ran == [*USED[:3], *tried, "compiled bfloat16", "replay bfloat16 compiled"]
 
 
 def test_numbers_that_are_none_are_wrong_numbers(a_card, monkeypatch, capsys):

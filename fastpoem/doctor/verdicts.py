@@ -24,6 +24,12 @@ from fastpoem.doctor.machine import driver, version
 from fastpoem.errors import InputError
 from fastpoem.paths import user_cache
 
+COMPILERS = (
+    "InductorError",
+    "BackendCompilerFailed",
+    "CompilationError",
+    "PTXASError",
+)  # how their errors begin in a record
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
 
 
@@ -83,13 +89,11 @@ def remembered(key: str) -> dict[str, Failures]:
 
 def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
     """Keep what checks found, as well as the disk allows: passes, and wrong numbers. What could not begin or end, ran out of memory or found
-    no compiler may be another's fault, and is tried again; but where the same passes without combined kernels, it is theirs."""
-    bad = [Record("", False)]
+    no compiler may be another's fault, and is tried again; but what the compiler raised, and does not without combined kernels, is theirs."""
     new = {
         name: failures(records)
         for name, records in found.items()
-        if all(record.ok or record.error is not None for record in records)
-        or (name != separate(name) and all(record.ok for record in found.get(separate(name), bad)))
+        if all(record.ok or record.error is not None for record in records) or _blames_combined(name, found)
     }
     if not new:
         return
@@ -106,6 +110,13 @@ def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
         except BaseException:
             os.unlink(name)
             raise
+
+
+def _blames_combined(name: str, found: Mapping[str, Sequence[Record]]) -> bool:
+    """Did the compiler raise in check `name`, and did the same pass without combined kernels?"""
+    other = found.get(separate(name), ()) if name != separate(name) else ()
+    raised = all(record.ok or record.note.startswith(COMPILERS) for record in found[name])
+    return raised and bool(other) and all(record.ok for record in other)
 
 
 def _read() -> dict[str, Any]:
