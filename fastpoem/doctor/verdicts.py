@@ -25,6 +25,12 @@ from fastpoem.errors import InputError
 from fastpoem.paths import user_cache
 from fastpoem.version import __version__
 
+COMPILERS = (
+    "InductorError",
+    "BackendCompilerFailed",
+    "CompilationError",
+    "PTXASError",
+)  # how their errors begin in a record
 Failures = dict[str, str]  # record's name -> reason; empty where a check has passed
 
 
@@ -84,13 +90,11 @@ def remembered(key: str) -> dict[str, Failures]:
 
 def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
     """Keep what checks found, as well as the disk allows: passes, and wrong numbers. What could not begin or end, ran out of memory or found
-    no compiler may be another's fault, and is tried again; but where the same passes without combined kernels, it is theirs."""
-    bad = [Record("", False)]
+    no compiler may be another's fault, and is tried again; but what the compiler raised, and does not without combined kernels, is theirs."""
     new = {
         name: failures(records)
         for name, records in found.items()
-        if all(record.ok or record.error is not None for record in records)
-        or (name != separate(name) and all(record.ok for record in found.get(separate(name), bad)))
+        if all(record.ok or record.error is not None for record in records) or _blames_combined(name, found)
     }
     if not new:
         return
@@ -112,6 +116,13 @@ def remember(key: str, found: Mapping[str, Sequence[Record]]) -> None:
 def keep(key: str) -> Callable[[str, Sequence[Record]], None]:
     """Remembers each check by itself, as it ends: nobody knows whether the others will."""
     return lambda name, records: remember(key, {name: records})
+
+
+def _blames_combined(name: str, found: Mapping[str, Sequence[Record]]) -> bool:
+    """Did the compiler raise in check `name`, and did the same pass without combined kernels?"""
+    other = found.get(separate(name), ()) if name != separate(name) else ()
+    raised = all(record.ok or record.note.startswith(COMPILERS) for record in found[name])
+    return raised and bool(other) and all(record.ok for record in other)
 
 
 def _read() -> dict[str, Any]:
