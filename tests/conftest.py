@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastpoem import signals
 from fastpoem.model.hub import BUNDLED
 
 with contextlib.suppress(ImportError):  # tests/pretend_gpu does without
@@ -26,6 +27,14 @@ SHARED = Path(os.environ.get("FASTPOEM_SHARED", Path(__file__).parents[2] / "sha
 def own_cache(tmp_path_factory):
     """Prepared stores of the bundled verses go into a folder of the test session."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def signals_given_back():
+    """A command listens to signals until its process ends. One that a test ran in this process listens no longer."""
+    yield
+    signals._leave()
+    signals._a_command = False
 
 
 @pytest.fixture(scope="session")
