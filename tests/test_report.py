@@ -102,7 +102,9 @@ def test_one_run(trained, tmp_path, capsys):
     epochs = [row for row in rows if "event" in row]
     for number in (f"{epochs[-1]['mean_loss']:.3f}", f"{min(row['val_loss'] for row in epochs):.3f}"):
         assert f"<b>{number}</b>" in text
-    assert "42 of 42 steps" in text and "finished" in text and "<code>lr</code>" in text and "--sample-every" in text
+    assert "42 of 42 steps" in text and "finished" in text and "<code>lr</code>" in text
+    poem = json.loads((trained / "one" / "samples.jsonl").read_text(encoding="utf-8").splitlines()[-1])["poem"]
+    assert poem[2:] in text  # what it began with stands in a mark of its own
 
 
 def test_several_runs_beside_one_another(trained, tmp_path):
