@@ -76,9 +76,12 @@ def _fused(q: Tensor) -> bool:
     return q.is_cuda and _has_fused() and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
-@torch.compiler.assume_constant_result
 def _has_fused() -> bool:
     return torch.backends.cuda.flash_sdp_enabled() or torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+# torch.compiler.assume_constant_result does this and no more, but imports torch._dynamo, which takes seconds.
+_has_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _keeps_weights(qkv: Tensor, dropout: float) -> bool:
