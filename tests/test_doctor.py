@@ -451,7 +451,7 @@ def test_what_failed_is_done_without(a_card, failing, settings, lost, words):
 
 def test_batches_are_packed_until_attention_inside_them_fails(a_card):
     """Then it is as if they had been bucketed from the start, said once; who asks for packed ones has them padded."""
-    packed = [f"{name} packed" for name in ("attention bfloat16", "compiled bfloat16", "replay bfloat16")]
+    packed = [f"{name} packed" for name in ("attention bfloat16", "replay bfloat16", "compiled bfloat16")]
     assert decide(a_card, batching="auto") == Trusted()
     assert a_card.ran == [*USED[:2], *packed, "replay bfloat16 packed compiled"]
     a_card.name, a_card.outcome["attention bfloat16 packed"] = "another", "error 0.3"
@@ -482,12 +482,7 @@ def test_combined_kernels_that_fail_cost_themselves_alone(a_card):
     a_card.outcome["compiled bfloat16"] = "InductorError: combo kernel"
     for _ in range(2):
         assert decide(a_card, compile="on", graphs="on") == Trusted(combined=False)
-    assert a_card.ran == [
-        *USED[:3],
-        "compiled bfloat16 separate",
-        "replay bfloat16",
-        "replay bfloat16 compiled separate",
-    ]
+    assert a_card.ran == [*USED[:4], "compiled bfloat16 separate", "replay bfloat16 compiled separate"]
     a_card.outcome["replay bfloat16 compiled separate"], a_card.name = "error 0.3", "another"
     assert decide(a_card) == Trusted(combined=False, graphs=False)
 
@@ -582,6 +577,7 @@ def test_numbers_that_are_none_are_wrong_numbers(a_card, monkeypatch, capsys):
     """They are said and remembered on their way out of the process that found them."""
     wrong = Record("clipped_adamw float32", False, error=math.inf, tolerance=1e-6)
     monkeypatch.setattr(checks, "run", lambda name, device: [wrong])
+    monkeypatch.setattr(checks, "__name__", "__main__")  # the process of checks, which alone tells
     checks.main(["cpu", "kernels 101"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     verdicts.remember("card", {told["check"]: [Record(**fields) for fields in told["records"]]})
@@ -724,16 +720,16 @@ def test_a_process_of_checks_says_when_it_compiles(monkeypatch, capsys):
     """And nothing where checks are run in one's own."""
     told = []
     monkeypatch.setattr(checks, "SMALL", TINY)
-    monkeypatch.setattr(checks, "compiled_pieces", lambda model, backend: Pieces(model))
+    monkeypatch.setattr(checks, "compiled_pieces", lambda model, backend, combined: Pieces(model))
     monkeypatch.setattr(checks, "tell", told.append)
     checks.main(["cpu", "compiled float32"])
     monkeypatch.undo()
-    assert [next(iter(one.items())) for one in told][:3] == [
+    compiling = [("compiles", True), ("compiles", False)] * 2  # without dropout and with it
+    assert [next(iter(one.items())) for one in told] == [
         ("begins", "compiled float32"),
-        ("compiles", True),
-        ("compiles", False),
+        *compiling,
+        ("check", "compiled float32"),
     ]
-    assert told[-1]["check"] == "compiled float32" and len(told) == 4
     checks.tell({"compiles": True})
     assert capsys.readouterr().out == ""
 
