@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from benchmarks.budget import NODES, PACKING
 from fastpoem.doctor import __main__ as doctor
 from fastpoem.doctor import examine, trial, verdicts
-from fastpoem.doctor.checks import wanted, with_kernels
+from fastpoem.doctor.checks import wanted, with_kernels, with_separate
 from fastpoem.model.hub import BUNDLED
 
 
@@ -163,11 +163,12 @@ def test_what_is_remembered_to_have_failed_is_not_checked_again(command, tiny, t
     card, wrong = torch.device("cuda:0"), [Record("cross_entropy float32", False, error=1.0, tolerance=0.1)]
     vocabulary = json.loads((BUNDLED / "model/config.json").read_text())["vocab_size"]
     names = wanted(torch.bfloat16, vocabulary=vocabulary, packed=False, compiles=True, graphs=True)
-    verdicts.remember(verdicts.card(card), dict.fromkeys(with_kernels(names, {names[0]: ["cross_entropy"]}), wrong))
+    names = with_kernels(names, {names[0]: ["cross_entropy"]})
+    verdicts.remember(verdicts.card(card), dict.fromkeys(with_separate(names, dict.fromkeys(names, wrong)), wrong))
     bucketed = [*tiny, "--batching", "bucket"]
     outcome = command(TRAIN, *bucketed, "--out", tmp_path / "run", extra=unchecked)
     assert_sound(outcome)
-    assert "checking this GPU" not in outcome.said and outcome.said.count("failed its check") == 4
+    assert "checking this GPU" not in outcome.said and outcome.said.count("failed its check") == 5
     names = {entry.words[1] for entry in outcome.log.launches}
     assert "update" in names and "whole_row" not in names and not outcome.log.graph_launches
     for flag in ("--graphs", "--compile"):
