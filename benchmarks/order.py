@@ -116,7 +116,8 @@ class Task:
             with assembled(config, Voice(quiet=True)) as (loop, _):
                 with Stopwatch() as watch:
                     loop.run(StopRequest())
-                weights = {name: one for name, one in loop.tensors()[hub.WEIGHTS].items() if name != "lm_head.weight"}
+                weights = loop.train_state.tensors()[hub.WEIGHTS]
+                weights.pop("lm_head.weight", None)
             model = GPT2(hub.read_config(self.models["scratch"])[0])
             model.load_state_dict(weights)
             return {"loss": self.loss(model, text), **watch.read()}

@@ -142,7 +142,7 @@ def by_fastpoem(task: Task, start: str, seed: int, share: float, **settings: Any
         with assembled(config, Voice(quiet=True)) as (loop, _):
             with watch:
                 loop.run(StopRequest())  # its checkpoint too
-            weights = loop.tensors()[hub.WEIGHTS]  # of the whole vocabulary, whatever is trained of it
+            weights = loop.train_state.tensors()[hub.WEIGHTS]  # of the whole vocabulary, whatever is trained of it
             yield {"step": loop.done, "share": share, **watch.read(), "val_loss": task.loss(weights)}
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from fastpoem import signals
 from fastpoem.model.hub import BUNDLED
+from tests import runs
 
 with contextlib.suppress(ImportError):  # tests/pretend_gpu does without
     from hypothesis import HealthCheck, settings
@@ -40,6 +41,15 @@ def signals_given_back():
 @pytest.fixture(scope="session")
 def verses() -> Path:
     return BUNDLED / "poems.txt"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A folder with a tiny model's shape and sixty poems, which `tests.runs.settings` trains on."""
+    folder = tmp_path_factory.mktemp("base")
+    runs.tiny_model(folder / "model", BUNDLED / "model")
+    runs.tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,16 @@
-"""What the tests of resuming and of faults share: a run small enough to be done hundreds of times, and what makes two runs the same."""
+"""What the tests of runs share: one small enough to be done hundreds of times, and what makes two runs the same."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+ROOT = Path(__file__).parents[1]
+# Of a process: it finds the checkout without an install, and leaves cores to others.
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 TIMINGS = {"tokens_per_s", "poems_per_s", "seconds"}
 
 

@@ -31,23 +31,19 @@ from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 from fastpoem.generate import main as generate_main
 from fastpoem.generation.poems import sample
-from fastpoem.model.hub import BUNDLED
 from fastpoem.prepare import main as prepare_main
 from fastpoem.run.fit import fit as run_fit
 from fastpoem.train import main as train_main
-from tests.runs import settings, tiny_data, tiny_model
+from tests.runs import settings, tiny_model
 
 POEM = "春江潮水连海平，海上明月共潮生。"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    prepare_store(folder / "poems.txt", PoemTokenizer.load(folder / "model"), folder / "store", max_length=64)
-    fastpoem.fit(**settings(folder, out=str(folder / "run"), max_steps=1))
-    return folder
+def base(base):
+    prepare_store(base / "poems.txt", PoemTokenizer.load(base / "model"), base / "store", max_length=64)
+    fastpoem.fit(**settings(base, out=str(base / "run"), max_steps=1))
+    return base
 
 
 def refused(base, out: Path, **changes) -> str:

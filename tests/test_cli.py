@@ -31,11 +31,10 @@ from fastpoem.model.hub import BUNDLED
 from fastpoem.prepare import PrepareConfig
 from fastpoem.settings import Data, Settings
 from fastpoem.train import main as train
+from tests import runs
 from tests.runs import assert_same, settings, tiny_data, tiny_model
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
-ENVIRONMENT["PYTHONUNBUFFERED"] = ""
+ENVIRONMENT = {**runs.ENVIRONMENT, "PYTHONUNBUFFERED": ""}
 COMMANDS = {"train": TrainConfig, "prepare": PrepareConfig, "generate": GenerateCommand, "doctor": DoctorConfig}
 
 
@@ -195,14 +194,6 @@ def test_nothing_that_windows_lacks_is_imported_before_that(module):
     )
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
 
 
 @pytest.fixture(scope="module")

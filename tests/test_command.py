@@ -13,29 +13,13 @@ from pathlib import Path
 
 import pytest
 
-import fastpoem
 from fastpoem import __main__ as command
 from fastpoem import cli
 from fastpoem.config import GROUPS, TrainConfig, from_kwargs
 from fastpoem.errors import InputError
-from fastpoem.model.hub import BUNDLED
 from fastpoem.train import TrainCommand, main, read_settings
 from fastpoem.version import __version__
-from tests.runs import settings, tiny_data, tiny_model
-
-ROOT = Path(fastpoem.__file__).parents[1]
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("command")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
+from tests.runs import ENVIRONMENT, ROOT, settings
 
 
 @pytest.fixture(autouse=True)

@@ -29,22 +29,11 @@ from fastpoem.run import samples, words
 from fastpoem.run.console import Figures, Voice
 from fastpoem.run.given import order_of
 from fastpoem.run.samples import Writer, due
-from tests.runs import assert_same, assert_tidy, settings, tiny_data, tiny_model
+from tests import runs
+from tests.runs import ROOT, assert_same, assert_tidy, settings
 from tests.test_resume import told_at
 
-ROOT = Path(fastpoem.__file__).parents[1]
-ENVIRONMENT = {
-    **os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("console")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
+ENVIRONMENT = {**runs.ENVIRONMENT, "TERM": "xterm-256color"}
 
 
 def terminal(width, lang="en"):

@@ -23,23 +23,12 @@ from fastpoem.config import from_kwargs
 from fastpoem.corpus.store import TokenStore
 from fastpoem.errors import InputError
 from fastpoem.model import hub
-from fastpoem.model.hub import BUNDLED
 from fastpoem.run import checkpoint
 from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.folder import Claim, Taken
 from fastpoem.signals import StopRequest
-from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
+from tests.runs import ENVIRONMENT, assert_same, assert_tidy, rows, settings
 
 
 @pytest.fixture
@@ -436,7 +425,7 @@ def flips(base, run: Path, count: int, seed: int) -> dict[str, int]:
 def _live_tensors(base):
     out = base / f"tensors-{time.monotonic_ns()}"
     with assembled(from_kwargs(**settings(base, out=str(out))), Voice(quiet=True)) as (loop, _):
-        return loop.tensors()
+        return loop.train_state.tensors()
 
 
 def test_flipped_bits(base, untouched):

@@ -9,17 +9,8 @@ import pytest
 import fastpoem
 from fastpoem.cli import parse
 from fastpoem.config import EMBEDDED, RATE_BY_WIDTH, RECIPES, TrainConfig, from_kwargs, with_defaults
-from fastpoem.model.hub import BUNDLED
-from tests.runs import assert_same, rows, settings, tiny_data, tiny_model
+from tests.runs import assert_same, rows, settings
 from tests.test_resume import told_at
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("recipe")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
 
 
 def fast(base, out, **changes):

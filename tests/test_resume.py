@@ -30,14 +30,6 @@ from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def untouched(base):
     """The folder of an uninterrupted run under these changes, made once for each."""
     made = {}

@@ -18,13 +18,10 @@ import pytest
 import fastpoem
 from fastpoem import signals
 from fastpoem.errors import InputError
-from fastpoem.model.hub import BUNDLED
 from fastpoem.run.loop import Loop
 from fastpoem.signals import Stopped, StopRequest
-from tests.runs import settings, tiny_data, tiny_model
+from tests.runs import ENVIRONMENT, settings
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 KINDS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
 
@@ -147,14 +144,6 @@ def test_handlers_come_back(monkeypatch):
     thread.start()
     thread.join()
     assert found == [None] and [signal.getsignal(number) for number in KINDS] == before
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("signals")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
 
 
 STAGES = [

@@ -10,16 +10,7 @@ import pytest
 import fastpoem
 from fastpoem.config import TrainConfig
 from fastpoem.errors import InputError
-from fastpoem.model.hub import BUNDLED
-from tests.runs import assert_tidy, rows, settings, tiny_data, tiny_model
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
+from tests.runs import assert_tidy, rows, settings
 
 
 def curves(run):

@@ -29,7 +29,7 @@ from fastpoem.run import loop as loop_module
 from fastpoem.run.console import Voice, step_line
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
-from tests.runs import assert_same, rows, settings, tiny_data, tiny_model
+from tests.runs import assert_same, rows, settings
 
 
 def store_of(poems, edges=(4, 6, 9), pad=0) -> TokenStore:
@@ -104,14 +104,6 @@ def test_a_text_of_few_poems_many_times_holds_some_out_where_it_can():
     )
     none = hold_out(store_of([[1, n % 3] for n in range(200)]), None, 0)
     assert not len(none.validation) and not len(none.left_out)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("validation")
-    tiny_model(folder / "model", BUNDLED / "model")
-    tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
-    return folder
 
 
 def trained_on(config) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

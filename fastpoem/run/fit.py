@@ -236,12 +236,12 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
         check_state(state)
         folder.refuse_another_run(state["identity"], loop.identity, loop.folder, config)
 
-    tensors = loop.tensors()
+    tensors = loop.train_state.tensors()
     state = checkpoint.read_newest(loop.folder, tensors, check, loop.voice.say)
     if state is None:
         loop.voice.say(f"{loop.folder} holds no checkpoint to resume: starting from the beginning")
         return None
-    loop.adopt(tensors)
+    loop.train_state.adopt(tensors)
     before, now = state["length"], loop.length
     if config.schedule != "constant" and before != now and state["step"] < loop.last_step:
         loop.voice.say(f"the learning rate falls over {now} from here on, where it fell over {before}")

@@ -1,6 +1,6 @@
 """The training loop: ask the order for a batch, step, log, validate, save. It reads from top to bottom.
 
-Everything a run goes on with is here twice: as tensors (`Loop.tensors`, where a checkpoint is copied from and to) and as what JSON can hold
+Everything a run goes on with is in one of two: its tensors (`Loop.train_state`, where a checkpoint is copied from and to) and what JSON can hold
 (`Loop.state`). What is in neither is a pure function of the step.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from fastpoem_kernels import native
-from torch import Tensor, nn
+from torch import nn
 
 from fastpoem import disk
 from fastpoem.config import TrainConfig
@@ -24,18 +24,18 @@ from fastpoem.corpus.feed import Feed, Rows
 from fastpoem.corpus.plan import Order
 from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
-from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate, rng_state, set_rng_state
+from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate
 from fastpoem.errors import Ended, InputError
-from fastpoem.model.hub import WEIGHTS
-from fastpoem.model.vocabulary import EMBEDDING, Narrowed
+from fastpoem.model.vocabulary import Narrowed
 from fastpoem.run import best, checkpoint, tally
 from fastpoem.run.best import Best
-from fastpoem.run.checkpoint import OPTIMIZER, Saver
+from fastpoem.run.checkpoint import Saver
 from fastpoem.run.console import Figures, Voice, epoch_line, step_line
 from fastpoem.run.metrics import Mark, Metrics
 from fastpoem.run.samples import MEASURED, Samples, due, is_finite
 from fastpoem.run.tally import NOTHING, Recent, Tally
 from fastpoem.run.trackers import Trackers
+from fastpoem.run.train_state import TrainState
 from fastpoem.run.validate import Told, Validation
 from fastpoem.run.words import clock
 from fastpoem.signals import Stopped, StopRequest
@@ -43,7 +43,6 @@ from fastpoem.signals import Stopped, StopRequest
 SAVE_SECONDS = 600.0  # between checkpoints, where --save-every does not say which steps have one
 WORTH_SAYING = 30.0  # seconds that a run takes, before it is said how long it will
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
-FLATS = ("master", "exp_avg", "exp_avg_sq")
 
 
 class Diverged(Ended):
@@ -102,13 +101,9 @@ class Loop:
             )
 
     def __post_init__(self) -> None:
-        # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
-        self._copying: Any = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self.train_state = TrainState(self.step, self.device, self.narrowed)
         self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
         self._recent, self._estimated = Recent(), False
-        self._copies = {
-            name: getattr(self.step.optimizer, name).clone() for name in FLATS
-        }  # clone: pages are touched now, not at a save
 
     def close(self) -> None:
         self.saver.close()
@@ -338,24 +333,10 @@ class Loop:
         with self.voice.phase("waiting for the last checkpoint to be written"):
             self.saver.wait()
         self._saved_at = (self.done, self._epoch_due)
-        for name, copy in self._copies.items():
-            copy.copy_(getattr(self.step.optimizer, name))
-        tensors, state, done = self.tensors(self._copies), {**self.state(), "passing": passing}, self.done
-        small = tensors[OPTIMIZER]
-        small |= {name: tensor.clone() for name, tensor in small.items() if not name.startswith("exp_avg")}
-        copied = None
-        if self.device.type == "mps":
-            tensors = {file: {name: one.cpu() for name, one in group.items()} for file, group in tensors.items()}
-        if self.device.type == "cuda":
-            copied = torch.cuda.Event(blocking=True)  # the thread that waits for it sleeps
-            copied.record(
-                torch.cuda.current_stream(self.device)
-            )  # not the current device's, which is another's for cuda:7
+        tensors, state, done = self.train_state.copy(), {**self.state(), "passing": passing}, self.done
 
         def job() -> None:
-            host = tensors if copied is None else _to_host(tensors, copied, self._copying)
-            if self.narrowed is not None:
-                host = {**host, WEIGHTS: self.narrowed.widen(host[WEIGHTS])}
+            host = tensors()
             checkpoint.refuse_non_finite(host)
             with suppress(OSError):  # the state names a place in it
                 disk.flush(self.metrics.path)
@@ -386,29 +367,6 @@ class Loop:
             raise NotSaved(f"{self.saver.error}; {newest}: make room and {mend}")
         if self.metrics.error is not None:
             raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
-
-    def tensors(self, flats: Mapping[str, Tensor] | None = None) -> dict[str, dict[str, Tensor]]:
-        """Every tensor that training goes on with, by file and name: those in use, or of copies of the optimizer's flat buffers."""
-        optimizer, account = self.step.optimizer, self.step.account
-        master, exp_avg, exp_avg_sq = ((flats or vars(optimizer))[name] for name in FLATS)
-        rest = {f"exp_avg.{name}": tensor for name, tensor in optimizer.named(exp_avg)}
-        rest |= {f"exp_avg_sq.{name}": tensor for name, tensor in optimizer.named(exp_avg_sq)}
-        rest |= {"applied": optimizer.applied, "sums": account.sums, "losses": account.losses}
-        rest |= {"failed_in_a_row": account.failed_in_a_row, "most_failed": account.most_failed}
-        rest |= {} if optimizer.scale is None else {"scale": optimizer.scale.value, "scale_good": optimizer.scale.good}
-        rest |= {f"rng.{self.device.type}": rng_state(self.device)}
-        weights = dict(optimizer.named(master))
-        if self.narrowed is not None and flats is None:  # copies are widened by the thread that writes them
-            weights = self.narrowed.widen(weights)
-        return {WEIGHTS: weights, OPTIMIZER: rest}
-
-    def adopt(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """What is left to do when a checkpoint has been copied into `tensors()`."""
-        if self.narrowed is not None:
-            optimizer = self.step.optimizer
-            self.narrowed.adopt(tensors[WEIGHTS], optimizer.view(optimizer.master, EMBEDDING))
-        self.step.optimizer.reload()
-        set_rng_state(tensors[OPTIMIZER][f"rng.{self.device.type}"], self.device)
 
     def state(self) -> dict[str, Any]:
         """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short,
@@ -458,12 +416,3 @@ def check_state(state: Mapping[str, Any]) -> None:
     )
     if not fits:
         raise checkpoint.Damaged("its state is not one of a run")
-
-
-def _to_host(
-    tensors: Mapping[str, Mapping[str, Tensor]], copied: torch.cuda.Event, copying: torch.cuda.Stream
-) -> dict[str, dict[str, Tensor]]:
-    """The tensors on the CPU once `copied` has come to pass, by a stream that is not the training's."""
-    copied.synchronize()
-    with torch.cuda.stream(copying):
-        return {file: {name: tensor.cpu() for name, tensor in group.items()} for file, group in tensors.items()}
