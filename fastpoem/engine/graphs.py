@@ -116,28 +116,32 @@ class Graphs:
 
     def _end(self, graph: Any) -> None:
         """A capture that CUDA ended with an error is ended for PyTorch too. Its memory is given back: at once where nothing was recorded
-        before, and else with the recordings, whose pool it is.
-
-        Up to 2.11 the next dropout would raise ("Offset increment outside graph capture": pytorch #171263, #176752), up to 2.12 the
-        allocator would stay in the capture (#180395), up to 2.13 the pool would be lost to the process (#190348).
-        """
+        before, and else with the recordings, whose pool it is."""
         if self.recorded:
             self._failed = graph  # in their stream, whose workspaces would go with it: #193402
-        if torch.__version__ >= "2.14.dev0":
-            return
-        with contextlib.suppress(RuntimeError):
-            graph.pool()
-            return  # it ended well: what failed was Python
-        device = self.step.device
-        with contextlib.suppress(RuntimeError):  # by 2.13 it is ended
-            torch._C._cuda_endAllocateToPool(device.index, self._pool)
-        torch._C._cuda_releasePool(device.index, self._pool)
-        _KEPT.append(graph)
-        # The generator leaves its capture at the end of one that succeeds. (With another state in its place the next dropout would do, and
-        # the recordings fail, which know the old one.) In a stream of its own, whose workspaces may go.
-        number, empty = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(empty, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-            number.zero_()
+        end_failed(graph, self._pool, self.step.device)
+
+
+def end_failed(graph: Any, pool: Any, device: torch.device) -> None:
+    """Take PyTorch out of a capture that raised; `graph` was captured into `pool`.
+
+    Up to 2.11 the next dropout would raise ("Offset increment outside graph capture": pytorch #171263, #176752), up to 2.12 the
+    allocator would stay in the capture (#180395), up to 2.13 the pool would be lost to the process (#190348).
+    """
+    if torch.__version__ >= "2.14.dev0":
+        return
+    with contextlib.suppress(RuntimeError):
+        graph.pool()
+        return  # it ended well: what failed was Python
+    with contextlib.suppress(RuntimeError):  # by 2.13 it is ended
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    torch._C._cuda_releasePool(device.index, pool)
+    _KEPT.append(graph)
+    # The generator leaves its capture at the end of one that succeeds. (With another state in its place the next dropout would do, and
+    # the recordings fail, which know the old one.) In a stream of its own, whose workspaces may go.
+    number, empty = torch.zeros(1, device=device), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(empty, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        number.zero_()
 
 
 # Graphs that the allocator of pinned memory goes on asking up to PyTorch 2.12: nobody can end their capture for it.

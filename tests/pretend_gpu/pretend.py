@@ -311,6 +311,7 @@ class Cubin(NamedTuple):
     """A compiled kernel: its registers a thread, and the bytes that ptxas spilled."""
 
     name: str
+    source: str  # the file of its lines: one kernel, compiled for several block sizes, has one
     arch: str
     registers: int
     spilled: int
@@ -318,19 +319,22 @@ class Cubin(NamedTuple):
 
 def cubins(cache: Path) -> list[Cubin]:
     """Every kernel compiled under `cache`. Those that use no stack cannot have spilled; ptxas is asked about the others."""
+    # Some builds of PyTorch bring one, and have Triton use it.
+    ptxas = next(path for path in (PACKAGES / "torch/bin/ptxas", NVIDIA / "bin/ptxas") if path.exists())
     found = []
     for cubin in sorted(cache.rglob("*.cubin")):
         dump = [str(NVIDIA / "bin/cuobjdump"), "--dump-resource-usage", str(cubin)]
         usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
         ptx = cubin.with_suffix(".ptx")
-        arch = re.search(r"\.target (sm_\w+)", ptx.read_text())[1]
+        text = ptx.read_text()
+        arch, source = re.search(r"\.target (sm_\w+)", text)[1], re.search(r'\.file\s+1 "([^"]*)"', text)[1]
         spilled = 0
         if stack:
-            again = [str(NVIDIA / "bin/ptxas"), "-v", f"--gpu-name={arch}", str(ptx), "-o", os.devnull]
+            again = [str(ptxas), "-v", f"--gpu-name={arch}", str(ptx), "-o", os.devnull]
             said = subprocess.run(again, capture_output=True, text=True, check=True).stderr
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-        found.append(Cubin(cubin.stem, arch, registers, spilled))
+        found.append(Cubin(cubin.stem, source, arch, registers, spilled))
     return found
 
 

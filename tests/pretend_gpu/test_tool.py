@@ -6,19 +6,29 @@ import pytest
 import torch
 from pretend import parse
 
+from fastpoem.engine.graphs import end_failed
+
 
 def capture(tape, inside, mode="global", before=lambda: None):
     """(the error of capturing `inside` in a stream of its own or None, the log)"""
     before()
     torch.cuda.synchronize()
     tape.take()
-    graph, error = torch.cuda.CUDAGraph(), None
+    graph, pool, error = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), None
     try:
-        with torch.cuda.graph(graph, capture_error_mode=mode):
+        with torch.cuda.graph(graph, pool, capture_error_mode=mode):
             inside()
     except RuntimeError as found:
         error = str(found).splitlines()[0]
-    return error, tape.take(), graph
+    log = tape.take()
+    if error:
+        end_failed(graph, pool, torch.device("cuda", torch.cuda.current_device()))
+    return error, log, graph
+
+
+def done_outside(log):
+    """What was done at once beside a capture. (PyTorch 2.11 writes down the generator's seed before each.)"""
+    return [entry for entry in log.done if "FillFunctorIl" not in entry.words[1]]
 
 
 @pytest.fixture
@@ -77,7 +87,7 @@ def test_fills_and_copies_are_done_and_nothing_else_is(x):
 def test_a_capture_counts_its_nodes_and_does_nothing_until_launched(tape, x):
     source, goal = torch.ones(8, device="cuda"), torch.zeros(8, device="cuda")
     error, log, graph = capture(tape, lambda: (goal.copy_(source), goal.add_(1), x @ x))
-    assert error is None and [(one.nodes, one.failed) for one in log.captures] == [(3, False)] and not log.done
+    assert error is None and [(one.nodes, one.failed) for one in log.captures] == [(3, False)] and not done_outside(log)
     assert goal.tolist() == [0] * 8
     tape.take()
     graph.replay()
@@ -93,7 +103,7 @@ def test_products_of_every_kind_are_captured(tape):
     torch.addmm(bias, x, weight)
     tape.take()
     error, log, _ = capture(tape, lambda: (torch.addmm(bias, x, weight), x @ weight, torch.bmm(x[None], weight[None])))
-    assert error is None and log.captures[0].nodes == 3 and not log.done
+    assert error is None and log.captures[0].nodes == 3 and not done_outside(log)
 
 
 FORBIDDEN = {
