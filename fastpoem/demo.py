@@ -30,7 +30,7 @@ HOST = "127.0.0.1"
 PRIVATE = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 FONTS = ["system-ui", "PingFang SC", "Noto Sans CJK SC", "Microsoft YaHei", "sans-serif"]  # those of the machine
 CSS = """
-.gradio-container { max-width: 1080px !important; margin: 0 auto !important }
+#note [role=alert] { color: var(--error-text-color) }
 #poems textarea { font: 1.35rem/2 "Kaiti SC", STKaiti, KaiTi, "Noto Serif CJK SC", "Songti SC", SimSun, serif }
 """
 
@@ -76,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def say(line: str) -> None:
         print(f"fastpoem: {line}", file=sys.stderr)
 
-    model = trained_model(config.model, say)
-    if model == config.model:  # no run: a name of the hub is asked for once
-        config = dataclasses.replace(config, model=str(resolve_folder(model)))
+    given, model = config.model, trained_model(config.model, say)
+    if model == given:  # no run: a name of the hub is asked for once
+        model = str(resolve_folder(given))
+        config = dataclasses.replace(config, model=model)
     config = dataclasses.replace(config, device=str(choose_device(config.device, say)))
     next(growing(GenerateConfig(model, device=config.device), say))  # a model that cannot write is refused here
     lang = language(config.lang, on_a_terminal=True)  # of the page, wherever the console's lines go
-    address = _open(page(config, lambda english: put(lang, english)), config)
+    address = _open(page(config, given, lambda english: put(lang, english)), config)
     Voice(lang=config.lang).say("the page is at {0} (Ctrl-C ends it)", address)
     with signals.StopRequest() as stop:
         while stop.signal is None:
@@ -91,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def page(config: DemoConfig, word: Callable[[str], str]) -> Any:
-    """The page, not yet opened. word: puts its words into the page's language."""
+def page(config: DemoConfig, given: str, word: Callable[[str], str]) -> Any:
+    """The page, not yet opened. given: the model, as the user named it. word: puts the page's words into its language."""
     import gradio as gr
 
     from fastpoem.run.trained import trained_model
@@ -109,15 +110,15 @@ def page(config: DemoConfig, word: Callable[[str], str]) -> Any:
             )  # fmt: skip
             for number, poem in growing(asked.check(), notes.append):
                 poems[number] = _in_lines(poem, each=bool(form))
-                yield "\n\n".join(poems.values()), _note(notes)
+                yield "\n\n".join(poems.values()), _said("status", notes)
         except InputError as error:
-            yield gr.skip(), _note([str(error)])
+            yield gr.skip(), _said("alert", [str(error)])
         except signals.Stopped:  # here a thread of the server's; the main one ends the process
             return
 
     none, narrow = (word("none"), ""), {"min_width": 140}
     with gr.Blocks(title="fastpoem", analytics_enabled=False) as made:
-        gr.Markdown(f"# fastpoem\n{word('model')} `{config.model}`")
+        gr.Markdown(f"# fastpoem\n{word('model')} `{given}`")
         with gr.Row():
             with gr.Column(min_width=320):
                 prompt = gr.Textbox(label=word("How the poem begins"), placeholder="春江", autofocus=True)
@@ -133,7 +134,7 @@ def page(config: DemoConfig, word: Callable[[str], str]) -> Any:
                     top_k = gr.Slider(0, 200, GenerateConfig.top_k, step=1, label="top-k")
                     top_p = gr.Slider(0.05, 1, GenerateConfig.top_p, step=0.05, label="top-p")
                 button = gr.Button(word("Write"), variant="primary")
-                note = gr.HTML()
+                note = gr.HTML(elem_id="note")
             with gr.Column(min_width=320):
                 poems = gr.Textbox(label=word("Poems"), lines=12, max_lines=40, buttons=["copy"], elem_id="poems")
         gr.on(
@@ -143,8 +144,8 @@ def page(config: DemoConfig, word: Callable[[str], str]) -> Any:
     return made
 
 
-def _note(lines: Sequence[str]) -> str:
-    return "".join(f'<p role="alert">{html.escape(line)}</p>' for line in lines)
+def _said(role: str, lines: Sequence[str]) -> str:
+    return "".join(f'<p role="{role}">{html.escape(line)}</p>' for line in lines)
 
 
 def _in_lines(poem: str, each: bool) -> str:
@@ -163,8 +164,8 @@ def _open(made: Any, config: DemoConfig) -> str:
             theme=gr.themes.Default(primary_hue="red", neutral_hue="stone", font=FONTS, font_mono=["monospace"]), css=CSS,
         )  # fmt: skip
     except OSError:
-        port = f"--port {config.port}" if config.port else "port 7860 and those behind it"
-        raise InputError(port, "is in use", "give another with --port") from None
+        port = f"--port {config.port or 'from 7860 on'}"
+        raise InputError(port, "is in use or not permitted", "give another") from None
     return str(address)
 
 

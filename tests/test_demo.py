@@ -163,7 +163,10 @@ def test_a_port_that_is_taken():
         one.bind(("127.0.0.1", 0))
         one.listen()
         port = one.getsockname()[1]
-        with gradio.Blocks() as blocks, pytest.raises(InputError, match=f"--port {port}: is in use; give another"):
+        with (
+            gradio.Blocks() as blocks,
+            pytest.raises(InputError, match=f"--port {port}: is in use or not permitted; give another"),
+        ):
             _open(blocks, DemoConfig("model", port=port, browser=False))
 
 
