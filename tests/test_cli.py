@@ -24,7 +24,6 @@ from fastpoem.cli import flag_of, kinds, parse, run_command
 from fastpoem.config import TrainConfig, from_kwargs, saved_settings, with_defaults
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
-from fastpoem.demo import DemoConfig
 from fastpoem.doctor.__main__ import DoctorConfig
 from fastpoem.errors import InputError
 from fastpoem.generate import GenerateCommand
@@ -37,13 +36,7 @@ from tests.runs import assert_same, settings, tiny_data, tiny_model
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
 ENVIRONMENT["PYTHONUNBUFFERED"] = ""
-COMMANDS = {
-    "train": TrainConfig,
-    "prepare": PrepareConfig,
-    "generate": GenerateCommand,
-    "doctor": DoctorConfig,
-    "demo": DemoConfig,
-}
+COMMANDS = {"train": TrainConfig, "prepare": PrepareConfig, "generate": GenerateCommand, "doctor": DoctorConfig}
 
 
 def refused(cls, *argv: str) -> str:

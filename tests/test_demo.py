@@ -151,6 +151,13 @@ def test_what_is_not_understood(argv, says):
     assert says in str(refusal.value)
 
 
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and said.startswith("usage: python -m fastpoem.demo ") and "--no-browser" in said
+
+
 def test_a_model_that_cannot_write_is_refused_before_the_page_opens(tmp_path):
     pytest.importorskip("gradio")
     with pytest.raises(InputError, match="no model folder"):
