@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": ("fastpoem.generate", "GenerateCommand"),
     "evaluate": ("fastpoem.evaluate", "EvaluateConfig"),
     "report": ("fastpoem.report", "ReportConfig"),
+    "demo": ("fastpoem.demo", "DemoConfig"),
     "prepare": ("fastpoem.prepare", "PrepareConfig"),
     "doctor": ("fastpoem.doctor.__main__", "DoctorConfig"),
 }

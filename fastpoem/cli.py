@@ -115,6 +115,19 @@ def parse(
     return cls(**given)
 
 
+def alone(cls: type, name: str, args: Sequence[str]) -> list[str]:
+    """The arguments with those that stand alone, wherever they stand, given as the flag of `name`."""
+    takes_one = {flag_of(other) for other, kind in kinds(cls).items() if kind.base is not bool and other != name}
+    found, rest, before = list[str](), list[str](), ""
+    for arg in args:
+        if arg.startswith(("-", "–", "—")) or before.replace("_", "-") in takes_one:
+            rest += [arg] * (arg != flag_of(name))
+        else:
+            found.append(arg)
+        before = arg
+    return [*rest, *([flag_of(name), *found] if found else [])]
+
+
 def helps(cls: type) -> dict[str, str]:
     """The help of each field, which stands below it in the source; of none where there is no source."""
     found: dict[str, str] = {}

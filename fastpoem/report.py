@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastpoem import disk, signals
-from fastpoem.cli import parse, run_command
+from fastpoem.cli import alone, parse, run_command
 from fastpoem.errors import InputError
 from fastpoem.paths import given_path
 
@@ -32,7 +32,8 @@ class ReportConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    config = parse(ReportConfig, _with_flag([*(sys.argv[1:] if argv is None else argv)]), prog=PROG)
+    args = [*(sys.argv[1:] if argv is None else argv)]
+    config = parse(ReportConfig, alone(ReportConfig, "runs", args), prog=PROG)
     signals.ask()
     from fastpoem.reporting import png
     from fastpoem.reporting.page import MARK, page
@@ -65,18 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.png and reason is not None:
         print(f"fastpoem: no PNGs: {reason} ({png.MISSING})", file=sys.stderr)
     return 0
-
-
-def _with_flag(args: list[str]) -> list[str]:
-    """The arguments with the runs, which stand alone wherever they stand, given as --runs."""
-    runs, rest, before = list[str](), list[str](), ""
-    for arg in args:
-        if arg.startswith(("-", "–", "—")) or before in ("--out", "--lang"):
-            rest += [arg] * (arg != "--runs")
-        else:
-            runs.append(arg)
-        before = arg
-    return [*rest, *(["--runs", *runs] if runs else [])]
 
 
 def _goal(out: str | None, first: Path, mark: str) -> Path:

@@ -25,7 +25,7 @@ FLOORS = (
     "run",
     "cli settings config_file",
     "api",
-    "__init__ train prepare generate evaluate report doctor.__main__",
+    "__init__ train prepare generate evaluate report demo doctor.__main__",
     "__main__",
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor.split()}

@@ -15,10 +15,10 @@ from hypothesis import settings as effort
 from hypothesis import strategies as st
 
 import fastpoem
-from fastpoem.cli import parse
+from fastpoem.cli import alone, parse
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
-from fastpoem.report import ReportConfig, _with_flag, main
+from fastpoem.report import ReportConfig, main
 from fastpoem.reporting.charts import Point, charts, smoothed, thinned, ticks, written
 from fastpoem.reporting.told import names, told
 from fastpoem.reporting.words import CHINESE
@@ -126,7 +126,7 @@ def test_several_runs_beside_one_another(trained, tmp_path):
     ["--no-png", "--runs", "a", "b", "--out", "x"],
 ], ids=" ".join)  # fmt: skip
 def test_runs_stand_anywhere(args):
-    assert parse(ReportConfig, _with_flag(args)) == ReportConfig(("a", "b"), "x", png=False)
+    assert parse(ReportConfig, alone(ReportConfig, "runs", args)) == ReportConfig(("a", "b"), "x", png=False)
 
 
 def test_in_chinese(trained, tmp_path, monkeypatch):

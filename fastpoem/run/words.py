@@ -112,6 +112,19 @@ ZH = {
     "the trained model is in {0}": "训练好的模型在 {0}",
     "stopped after a complete checkpoint; go on with: {0}": "已写完检查点并停止；继续训练：{0}",
     "nothing was written: without --dry-run, this is trained": "没有写入任何文件；去掉 --dry-run 即开始训练",
+    # The page of demo
+    "the page is at {0} (Ctrl-C ends it)": "网页在 {0}（按 Ctrl-C 结束）",
+    "How the poem begins": "开头",
+    "Form": "体裁",
+    "none": "不限",
+    "Acrostic": "藏头",
+    "Rhyme": "押韵",
+    "The first character of each line. Acrostic and rhyme need a form.": "每句的第一个字。藏头和押韵需先选体裁。",
+    "Number of poems": "首数",
+    "More": "更多",
+    "Temperature": "温度",
+    "Write": "写诗",
+    "Poems": "诗",
 }
 
 
