@@ -4,20 +4,26 @@ import json
 
 from conftest import UNCOVERED
 
-GRAPHS = ("steps, graphs", "a capture that fails late", "checkpoints while graphs replay", "bandwidth")
+ENTRIES = (
+    "steps, graphs", "a capture that fails late", "checkpoints while graphs replay", "bandwidth", "epoch",
+    "batch 16, pack", "stopped and resumed",
+)  # fmt: skip
 
 
 def test_entries_of_a_card(command, tmp_path):
     more = ["--small", "--out", tmp_path / "out", "--work", tmp_path / "work"]
     outcome = command(
-        "benchmarks.card", *more, *(word for name in GRAPHS for word in ("--only", name)), extra=UNCOVERED
+        "benchmarks.card", *more, *(word for name in ENTRIES for word in ("--only", name)), extra=UNCOVERED
     )
     found = json.loads((tmp_path / "out/card.json").read_text())
-    assert {name: entry.get("error") for name, entry in found["entries"].items()} == dict.fromkeys(GRAPHS), outcome.said
+    assert {name: entry.get("error") for name, entry in found["entries"].items()} == dict.fromkeys(ENTRIES), (
+        outcome.said
+    )
     assert outcome.code == 0 and "H100 (pretend)" in found["about"]["name"]
     results = {name: entry["result"] for name, entry in found["entries"].items()}
-    steps, late, saved, rates = (results[name] for name in GRAPHS)
+    steps, late, saved, rates, epoch, batch, resumed = (results[name] for name in ENTRIES)
     assert steps["recorded"] >= 2 and not steps["broken"] and len(steps["losses"]) == 8
     assert late["ok"] and "could not be recorded" in late["said"][0]
     assert saved["ok"] and saved["checkpoints"] >= 2
+    assert epoch["steps"] == epoch["of"] and batch["recorded"] and batch["nodes"] > 0 and resumed["ok"]
     assert all(row["us"] > 0 for row in rates["rows"].values())
