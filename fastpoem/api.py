@@ -84,7 +84,7 @@ def fit(
                 if run.stopped_by is not None:
                     again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
                     by = signal.Signals(run.stopped_by).name
-                    voice.say(f"stopped by {by} after a complete checkpoint; go on with: {again}")
+                    voice.say("stopped by {0} after a complete checkpoint; go on with: {1}", by, again)
     except InputError as error:
         raise in_python(error) from error.__cause__
     except signals.Stopped as error:

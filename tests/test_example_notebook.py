@@ -39,8 +39,8 @@ def test_the_notebook_runs(tmp_path, kernel):
     (display,) = (output.data for output in training.outputs if output.output_type == "display_data")
     (said,) = (output.text for output in training.outputs if output.output_type == "stream")
     assert [line.split()[:2] for line in said.splitlines()] == [["1", "1"], ["1", "2"], ["1", "3"]]  # of on_log
-    for part in ("step 3/3", "100%", "<svg", "the trained model is in runs/notebook/model"):
+    for part in ("step 3/3", "100%", "image/svg+xml", "the trained model is in runs/notebook/model"):
         assert part in display["text/html"], part
     (summary,) = (output.data["text/html"] for output in training.outputs if output.output_type == "execute_result")
-    assert "3 of 3 steps" in summary and "<svg" in summary
+    assert "3 of 3 steps" in summary and "image/svg+xml" in summary
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 1  # of run.plot()

@@ -87,7 +87,15 @@ class TestTheDisplay:
         assert len(drawn) <= took / SECONDS + 2 and capfd.readouterr() == ("", "")
         for bundle in drawn:
             Checked(bundle[TEXT])
-        parts = ["step 28/28", "100%", "width:100.0%", "<svg", "60 poems from", "poems after step 28:", str(run.model)]
+        parts = [
+            "step 28/28",
+            "100%",
+            "width:100.0%",
+            "image/svg+xml",
+            "60 poems from",
+            "poems after step 28:",
+            str(run.model),
+        ]
         parts += [f"<td>{row['mean_loss']:.3f}</td>" for row in run.metrics if "event" in row]
         for part in parts:
             assert part in kernel.last, part
@@ -124,6 +132,7 @@ class TestTheDisplay:
     def test_what_it_says(self, kernel, lang, says):
         voice = filled(lang)
         Checked(text := voice.html())
+        assert "<svg" in text and "currentColor" in text
         for part in (*says, "<td>4.750</td>", "&lt;b&gt;poems", "<td>1m05</td>"):
             assert part in text, part
         with voice.phase("validating on {0:,} poems", 512) as at:

@@ -174,5 +174,5 @@ def summary(run: Told, say: Say) -> str:
     ]
     return (
         f'<div style="display:flex;flex-wrap:wrap;gap:8px 32px;align-items:center"><div><b>{escape(str(run.folder))}</b>'
-        f"<div {faint}>{escape(compare.about(run, say))}</div><table>{cells}</table></div><div>{svg.curve(lines)}</div></div>"
+        f"<div {faint}>{escape(compare.about(run, say))}</div><table>{cells}</table></div><div>{svg.picture(svg.curve(lines))}</div></div>"
     )

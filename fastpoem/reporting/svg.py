@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -157,6 +158,13 @@ def curve(lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], width
         if style == "dots" or len(places) == 1:
             parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{paint}"/>' for x, y in places]
     return "".join([*parts, "</svg>"])
+
+
+def picture(drawn: str) -> str:
+    """A curve that stays: as an image, since a notebook that is not trusted shows images but of SVG the texts only. Grey is read on either
+    ground; while it changes it is better left as it is, because a new image flickers."""
+    content = base64.b64encode(drawn.replace("currentColor", "#808080").encode()).decode()
+    return f'<img alt="" style="max-width:100%" src="data:image/svg+xml;base64,{content}">' if drawn else ""
 
 
 def _faint(x: float, y: float, anchor: str, text: str) -> str:

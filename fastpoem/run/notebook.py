@@ -17,7 +17,7 @@ from contextlib import suppress
 from html import escape
 from typing import Any
 
-from fastpoem.reporting.svg import COLOURS, curve
+from fastpoem.reporting.svg import COLOURS, curve, picture
 from fastpoem.run.console import Figures, Voice, step_line
 from fastpoem.run.words import clock, language, rounded, share
 
@@ -32,8 +32,8 @@ STYLE = f"""<style>.fastpoem{{font:13px/1.5 system-ui,"PingFang SC","Microsoft Y
 .fastpoem tr{{background:none!important}}
 .fastpoem th{{opacity:.7}}.fastpoem .epoch td{{font-weight:600}}
 .fastpoem .told td,.fastpoem .told th{{text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}}
-.fastpoem .told th{{white-space:nowrap}}.fastpoem .faint{{opacity:.7}}
-.fastpoem .ends{{display:flex;justify-content:space-between;gap:16px}}
+.fastpoem .told th{{white-space:nowrap}}.fastpoem .faint{{opacity:.7;white-space:pre}}
+.fastpoem .ends{{white-space:pre;display:flex;justify-content:space-between;gap:16px}}
 .fastpoem .bar{{height:8px;border-radius:4px;overflow:hidden;background:rgba(128,128,128,.25)}}
 .fastpoem .bar div{{height:8px;background:{COLOURS[0]}}}
 .fastpoem .both{{display:flex;flex-wrap:wrap;gap:8px 24px;align-items:flex-start;margin:8px 0}}</style>"""
@@ -171,10 +171,13 @@ class Notebook(Voice):
             parts.append(f'<div class="faint">{escape(str(phase) or self._told().plain)}</div>')
         lines = [(self.words("loss"), "plain", [*self._loss.points])]
         lines.append((self.words("validation loss"), "dots", [*self._validation.points]))
-        parts.append(f'<div class="both">{curve(lines)}{self._table()}</div>')
+        drawn = picture(curve(lines)) if self._over.is_set() else curve(lines)
+        parts.append(f'<div class="both">{drawn}{self._table()}</div>')
         said = [*self._after]
         if len(said) > LINES:
-            parts.append(f"<details><summary>… {len(said) - LINES}</summary>{_said(said[:-LINES])}</details>")
+            parts.append(
+                f"<details><summary>{self.words('{0} lines before these', len(said) - LINES)}</summary>{_said(said[:-LINES])}</details>"
+            )
         return f'<div class="fastpoem">{"".join([*parts, _said(said[-LINES:])])}</div>'
 
     def _table(self) -> str:

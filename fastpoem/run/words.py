@@ -82,6 +82,7 @@ ZH = {
     "val. loss": "验证损失",
     "val. accuracy": "验证准确率",
     "tokens/s": "token/秒",
+    "{0} lines before these": "更早的 {0} 行",
     "skipped {0} ({1})": "跳过 {0} 步（{1}）",
     "loading PyTorch": "正在加载 PyTorch",
     "reading {0}": "正在读取 {0}",
@@ -119,6 +120,7 @@ ZH = {
     "validation loss {0:.4f} after step {1:,}, {2}": "第 {1:,} 步后验证损失 {0:.4f}，{2}",
     "the trained model is in {0}": "训练好的模型在 {0}",
     "stopped after a complete checkpoint; go on with: {0}": "已写完检查点并停止；继续训练：{0}",
+    "stopped by {0} after a complete checkpoint; go on with: {1}": "收到 {0}，写完检查点后停止；继续训练：{1}",
     "nothing was written: without --dry-run, this is trained": "没有写入任何文件；去掉 --dry-run 即开始训练",
 }
 
