@@ -135,7 +135,7 @@ class Notebook(Voice):
 
     def _show(self) -> None:
         """Have an output, which is drawn from now on."""
-        with self._lock:
+        with self._lock, suppress(Exception):  # a frontend that is gone is no reason to stop training
             if self._output is None:
                 from IPython.display import display
 
@@ -150,7 +150,7 @@ class Notebook(Voice):
             self._draw()
 
     def _draw(self) -> None:
-        with suppress(Exception):  # a frontend that is gone is no reason to stop training
+        with suppress(Exception):
             self._output.update(self._bundle(), raw=True)
 
     def _bundle(self) -> dict[str, str]:
