@@ -31,7 +31,7 @@ STYLE = f"""<style>.fastpoem{{font:13px/1.5 system-ui,"PingFang SC","Microsoft Y
 .fastpoem td,.fastpoem th{{padding:1px 12px 1px 0;text-align:right;border:0;font-weight:400;white-space:nowrap}}
 .fastpoem tr{{background:none!important}}
 .fastpoem th{{opacity:.7}}.fastpoem .epoch td{{font-weight:600}}
-.fastpoem .told td,.fastpoem .told th{{text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere}}
+.fastpoem .told td,.fastpoem .told th{{text-align:left;vertical-align:baseline;white-space:pre-wrap;overflow-wrap:anywhere}}
 .fastpoem .told th{{white-space:nowrap}}.fastpoem .faint{{opacity:.7;white-space:pre}}
 .fastpoem .ends{{white-space:pre;display:flex;justify-content:space-between;gap:16px}}
 .fastpoem .bar{{height:8px;border-radius:4px;overflow:hidden;background:rgba(128,128,128,.25)}}
@@ -156,7 +156,7 @@ class Notebook(Voice):
     def _bundle(self) -> dict[str, str]:
         """The output, and what stands for it where HTML is not shown."""
         plain = [f"{label}  {text}".strip() for label, text in [*self._before, *self._after]]
-        return {"text/html": self.html(), "text/plain": "\n".join([*self._where(), *plain])}
+        return {"text/html": self.html(), "text/plain": "\n".join([*(self._where() if self._began else ()), *plain])}
 
     def html(self) -> str:
         """All of it, as it is now."""
@@ -210,10 +210,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def _said(lines: Sequence[tuple[str, str]]) -> str:
+    left = 'style="text-align:left"'  # for notebooks that are not trusted, which leave STYLE out
     cells = [
-        f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>"
+        f"<tr><th {left}>{escape(label)}</th><td {left}>{escape(text)}</td></tr>"
         if label
-        else f"<tr><td colspan=2>{escape(text)}</td></tr>"
+        else f'<tr><td colspan="2" {left}>{escape(text)}</td></tr>'
         for label, text in lines
     ]
     return f'<table class="told">{"".join(cells)}</table>' if cells else ""
