@@ -20,7 +20,7 @@ COMMANDS = {
 }
 HEAD = """# Settings
 
-Made from the code by `python docs/settings.py`. A flag is the setting's name with `--` before it; a dash or an underscore is your choice. In Python the names are the arguments of `fastpoem.fit` and `run.generate`.
+Made from the code by `python docs/settings.py`. A flag is the setting's name with `--` before it; a dash or an underscore is your choice. In Python the names are the arguments of `fastpoem.fit` and `run.generate`; `fit` also takes [`on_log` and `on_epoch`](usage.md#in-a-notebook).
 `--recipe` changes some defaults of training; explicit flags override it.
 """
 

@@ -12,6 +12,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -38,10 +39,20 @@ SLOW = (
     "fastpoem.run.fit",
 )
 NOT_GIVEN: Any = ()
+Listener = Callable[[dict[str, Any]], object]
 
 
-def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
+def fit(
+    data: Data = NOT_GIVEN,
+    *,
+    on_log: Listener | None = None,
+    on_epoch: Listener | None = None,
+    **settings: Unpack[Settings],
+) -> Run:
     """Train. The settings are the flags of `python -m fastpoem.train`, with underscores.
+
+    `on_log` is called with each logged step's row of metrics.jsonl, a dict, and `on_epoch` with each epoch's. An error in one of them ends
+    the run: a checkpoint is written, then the error is raised, and `fit(out=…, resume=True)` goes on after that row.
 
     Raises `fastpoem.errors.InputError` for what cannot work, naming the thing, the reason and the mend. Ctrl-C finishes the step, writes a
     checkpoint and then raises KeyboardInterrupt; `fit(out=…, resume=True)` goes on from there. SIGTERM and SIGHUP do the same, but the run
@@ -55,16 +66,25 @@ def fit(data: Data = NOT_GIVEN, **settings: Unpack[Settings]) -> Run:
     try:
         with stop:
             given: dict[str, Any] = {} if data is NOT_GIVEN else {"data": data}
+            for name, listener in (("on_log", on_log), ("on_epoch", on_epoch)):
+                if listener is not None and not callable(listener):
+                    raise InputError(name, "is not a function", "give one that takes a row, a dict")
             config = configured(**given, **settings)
             signals.imported(*SLOW)
-            from fastpoem.run.console import Voice
             from fastpoem.run.fit import fit as run_fit
+            from fastpoem.run.notebook import voice_of
 
-            run = run_fit(config, voice := Voice(config.quiet, config.lang))
-            if run.stopped_by is not None:
-                again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
-                by = signal.Signals(run.stopped_by).name
-                voice.say(f"stopped by {by} after a complete checkpoint; go on with: {again}")
+            def on_row(row: dict[str, Any]) -> None:
+                listener = on_epoch if row.get("event") == "epoch" else on_log
+                if listener is not None:
+                    listener(row)
+
+            with contextlib.closing(voice_of(config.quiet, config.lang)) as voice:
+                run = run_fit(config, voice, None, on_row)
+                if run.stopped_by is not None:
+                    again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
+                    by = signal.Signals(run.stopped_by).name
+                    voice.say("stopped by {0} after a complete checkpoint; go on with: {1}", by, again)
     except InputError as error:
         raise in_python(error) from error.__cause__
     except signals.Stopped as error:
@@ -143,6 +163,10 @@ def _signature() -> inspect.Signature:
             annotation=hints[name],
         )
         for name, field in TrainConfig.__dataclass_fields__.items()
+    ]
+    parameters += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Listener | None)
+        for name in ("on_log", "on_epoch")
     ]
     return inspect.Signature(parameters, return_annotation="Run")
 

@@ -123,7 +123,7 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
     if config.poems is not None and config.poems < store.rows:
         rows = np.sort(np.random.default_rng(config.seed).choice(store.rows, config.poems, replace=False))
     untrained = {*never_written(folder, shape.vocab_size)} - never_ids(tokenizer, shape.vocab_size)
-    with Progress(transient=True, console=Console(stderr=True)) as progress:
+    with Progress(transient=True, console=Console(stderr=True, force_jupyter=False)) as progress:
         task = progress.add_task("evaluating", total=len(rows))
         scores = evaluation.score(
             model, store, rows, tokenizer, device, untrained, config.batch_size,

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         clean=config.clean,
         whole=config.whole,
     )
-    with Console(stderr=True).status("reading") as status:
+    with Console(stderr=True, force_jupyter=False).status("reading") as status:
         store = prepare_store(
             source,
             tokenizer,

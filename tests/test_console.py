@@ -143,7 +143,7 @@ def test_what_a_pipe_gets(base, tmp_path, capsys, monkeypatch, lang):
         ("data", "60 poems from poems.txt, 3 held out for validation, "), ("batches", "4 poems, packed (attention in C), no padding"),
         ("model", "1 layers × 16 wide, "), ("device", "cpu ("), ("training", "2 epochs, 28 steps, learning rate 0.01, epoch-cosine"),
         ("checkpoints", str(run.folder)), ("trained", "28 steps in "), ("best", f"validation loss {run.metrics[-1]['val_loss']:.4f} after step 28"),
-        ("write", f"python -m fastpoem.generate --model {run.folder} --prompt 春"),
+        ("write", f"fastpoem.Run({str(run.folder)!r}).generate('春', count=3)"),
     ):  # fmt: skip
         assert any(line.startswith(f"{label} ") and text in line for line in lines), (label, lines)
     assert lines[-1] == f"the trained model is in {run.model}"

@@ -14,10 +14,10 @@ from html import escape
 from pathlib import Path
 
 from fastpoem.reporting import compare, svg
-from fastpoem.reporting.charts import Chart, along, axes, charts, legend, time_unit, written
+from fastpoem.reporting.charts import Chart, along, axes, charts, legend, time_unit
 from fastpoem.reporting.lengths import lengths
 from fastpoem.reporting.poems import poems
-from fastpoem.reporting.told import Told, last, number
+from fastpoem.reporting.told import Told, number
 from fastpoem.reporting.words import Say
 from fastpoem.version import __version__
 
@@ -154,23 +154,25 @@ def _short(value: float) -> float:
 
 
 def summary(run: Told, say: Say) -> str:
-    """A run as the last line of a notebook's cell: its figures and a line of its loss."""
-    rows = compare.figures(run, say)
+    """A run as the last line of a notebook's cell: its figures, a curve of its loss, and how to have poems of it."""
+    faint = 'style="opacity:.7"'
+    rows = [(name, value, more, "") for name, value, more in compare.figures(run, say)]
+    rows.append((say("Poems"), "", "", f"fastpoem.Run({str(run.folder)!r}).generate('春', count=3)"))
     cells = "".join(
-        f'<tr><td style="text-align:left;color:{svg.FAINT}">{escape(name)}</td><td style="text-align:left">{escape(value)} '
-        f'<span style="color:{svg.FAINT}">{escape(more)}</span></td></tr>'
-        for name, value, more in rows
+        f'<tr><td style="text-align:left"><span {faint}>{escape(name)}</span></td><td style="text-align:left">{escape(value)} '
+        f"<span {faint}>{escape(more)}</span>{f'<code>{escape(code)}</code>' if code else ''}</td></tr>"
+        for name, value, more, code in rows
     )
-    found = next((one for one in charts([run]) if one.key == "loss"), None)
-    curve = svg.spark([along(line, "step") for line in found.lines]) if found else ""
-    loss = last(run.steps, "loss_mean")
-    about = f'<div style="color:{svg.FAINT}">{escape(compare.about(run, say))}</div>'
-    label = (
-        f'<div style="color:{svg.FAINT}">{say("Loss")} {written(loss) if loss is not None else ""}</div>'
-        if curve
-        else ""
-    )
+    found = {one.key: one.lines for one in charts([run]) if one.key in ("loss", "validation-loss")}
+    lines = [
+        ("" if line.style == "raw" else say("Loss"), line.style, along(line, "step")) for line in found.get("loss", [])
+    ]
+    lines += [
+        (say("Validation loss"), "dots", along(line, "step"))
+        for line in found.get("validation-loss", [])
+        if line.style == "dots"
+    ]
     return (
-        f'<div style="display:flex;flex-wrap:wrap;gap:24px;align-items:center"><div><b>{escape(str(run.folder))}</b>{about}'
-        f"<table>{cells}</table></div><div>{label}{curve}</div></div>"
+        f'<div style="display:flex;flex-wrap:wrap;gap:8px 32px;align-items:center"><div><b>{escape(str(run.folder))}</b>'
+        f"<div {faint}>{escape(compare.about(run, say))}</div><table>{cells}</table></div><div>{svg.picture(svg.curve(lines))}</div></div>"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Sequence
 from html import escape
@@ -121,19 +122,50 @@ def bars(
     return "".join([*parts, "</svg>"])
 
 
-def spark(lines: Sequence[list[tuple[float, float]]], width: int = 280, height: int = 70) -> str:
-    """A small line or two without axes, for a summary. Empty without two points."""
-    points = [point for line in lines for point in line]
+def curve(lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]], width: int = 400, height: int = 210) -> str:
+    """A small chart with axes that needs no style of the page and takes the colour of the text around it: for a notebook, whatever its
+    theme. lines: (label, style, points); dots are in the second colour. Empty without two points."""
+    points = [point for _, _, line in lines for point in line]
     if len(points) < 2:
         return ""
     (x0, x1), (y0, y1) = ((min(one), max(one)) for one in zip(*points, strict=True))
-    place = lambda x, y: (
-        f"{3 + (width - 6) * (x - x0) / ((x1 - x0) or 1):.1f} {3 + (height - 6) * (y1 - y) / ((y1 - y0) or 1):.1f}"
-    )
-    paths = [
-        f'<path d="M{"L".join(place(*point) for point in line)}" fill="none" stroke="{COLOURS[0]}" '
-        f'stroke-width="{2 if last else 1}" opacity="{1 if last else 0.35}"/>'
-        for line, last in zip(lines, [False] * (len(lines) - 1) + [True], strict=True)
-        if line
+    room = 0.04 * (y1 - y0) or 0.05 * abs(y1) or 1.0
+    y0, y1 = y0 - room, y1 + room
+    left, top, right, bottom = 44, 22, 10, 20
+    across = lambda x: left + (width - left - right) * (x - x0) / ((x1 - x0) or 1)
+    up = lambda y: height - bottom - (height - top - bottom) * (y - y0) / (y1 - y0)
+    parts = [
+        f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg" '
+        'font-family="system-ui,sans-serif" font-size="11" style="max-width:100%">'
     ]
-    return f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" xmlns="http://www.w3.org/2000/svg">{"".join(paths)}</svg>'
+    marks = ticks(y0, y1, about=5)
+    for value, label in zip(marks, labels(marks), strict=True):
+        parts.append(f'<path d="M{left} {up(value):.1f}H{width - right}" stroke="currentColor" opacity=".15"/>')
+        parts.append(_faint(left - 6, up(value) + 4, "end", label))
+    marks = ticks(x0, x1, about=6)
+    for value, label in zip(marks, labels(marks, whole=True), strict=True):
+        parts.append(_faint(across(value), height - 4, "middle", label))
+    at = left
+    for label, style, line in lines:
+        paint, places = COLOURS[style == "dots"], [(across(x), up(y)) for x, y in line]
+        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+        look = 'stroke-width="1" opacity=".35"' if style == "raw" else 'stroke-width="2"'
+        if places:
+            parts.append(f'<path d="{path}" fill="none" stroke="{paint}" stroke-linejoin="round" {look}/>')
+        if places and label:
+            parts.append(f'<text x="{at}" y="12" fill="{paint}" font-weight="600">{escape(label)}</text>')
+            at += 24 + sum(7 if ord(letter) < 128 else 11 for letter in label)
+        if style == "dots" or len(places) == 1:
+            parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{paint}"/>' for x, y in places]
+    return "".join([*parts, "</svg>"])
+
+
+def picture(drawn: str) -> str:
+    """A curve that stays: as an image, since a notebook that is not trusted shows images but of SVG the texts only. Grey is read on either
+    ground; while it changes it is better left as it is, because a new image flickers."""
+    content = base64.b64encode(drawn.replace("currentColor", "#808080").encode()).decode()
+    return f'<img alt="" style="max-width:100%" src="data:image/svg+xml;base64,{content}">' if drawn else ""
+
+
+def _faint(x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor" opacity=".7">{text}</text>'

@@ -42,6 +42,7 @@ CHINESE = {
     "Run": "运行",
     "State": "状态",
     "Speed": "速度",
+    "Poems": "写诗",
     "Best validation loss": "最低验证损失",
     "Loss of the last epoch": "末轮训练损失",
     "Loss of the last rows": "最近训练损失",

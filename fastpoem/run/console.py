@@ -128,17 +128,27 @@ class Voice:
                 self._phases.remove(phase)
             self._hide()
 
-    def start(self, done: int, total: int, steps: int, epochs: int) -> None:
-        """Training begins: `done` of `total` steps are behind it, `steps` are an epoch of `epochs`."""
+    def start(self, done: int, total: int, steps: int, epochs: int, rows: Sequence[dict[str, Any]] = ()) -> None:
+        """Training begins: `done` of `total` steps are behind it, which left `rows`; `steps` are an epoch of `epochs`."""
         self.done, self.total, self.steps, self.epochs, self._training = done, total, steps, epochs, True
         self._show()
 
     def advance(self) -> None:
         self.done += 1
 
+    def row(self, row: dict[str, Any], seconds_left: float | None = None) -> None:
+        """A row of metrics.jsonl, its losses possibly not finite."""
+        if row.get("event") == "epoch":
+            self.say(epoch_line(row, self.epochs, self.lang))
+        else:
+            self.say(step_line(row, self.epochs, self.total, seconds_left, self.lang, left=not self.live))
+
     def stop(self) -> None:
         self._training = False
         self._hide()
+
+    def close(self) -> None:
+        """Nothing will be said any more."""
 
     def _show(self) -> None:
         with self._lock, suppress(OSError):  # a terminal that is gone is no reason to stop training
@@ -160,22 +170,27 @@ class Voice:
             rows[1:] = [Spinner(kind, Text(str(phase), no_wrap=True, overflow="ellipsis"))]
         return Group(*rows)
 
-    def _bar(self) -> RenderableType:
+    def _where(self) -> tuple[str, str]:
+        """How far training is: in epochs and steps; as a share, with the time left where that is known."""
         epoch = min(self.epochs, self.done // self.steps + 1)
         where = [self.words("epoch {0}/{1}", epoch, self.epochs), self.words("step {0}/{1}", self.done, self.total)]
         after = f"{self.done / max(1, self.total):.0%}"
         pace = self.figures and self.figures.seconds_a_step
         if pace is not None:
             after += "  " + self.words("left {0}", clock(pace * max(0, self.total - self.done)))
+        return "  ".join(where), after
+
+    def _bar(self) -> RenderableType:
+        where, after = self._where()
         grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
         grid.add_column(no_wrap=True, overflow="ellipsis")
         grid.add_column(ratio=1)
         grid.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(total=max(1, self.total), completed=self.done)
-        grid.add_row(Text("  ".join(where)), bar, Text(after))
+        grid.add_row(Text(where), bar, Text(after))
         return grid
 
-    def _told(self) -> RenderableType:
+    def _told(self) -> Text:
         if self.figures is None:
             return Text(self.words("the first step …"), style="dim")
         parts = [

@@ -30,7 +30,7 @@ from fastpoem.model.vocabulary import Narrowed
 from fastpoem.run import best, checkpoint, tally
 from fastpoem.run.best import Best
 from fastpoem.run.checkpoint import Saver
-from fastpoem.run.console import Figures, Voice, epoch_line, step_line
+from fastpoem.run.console import Figures, Voice
 from fastpoem.run.metrics import Mark, Metrics
 from fastpoem.run.samples import MEASURED, Samples, due, is_finite
 from fastpoem.run.tally import NOTHING, Recent, Tally
@@ -71,6 +71,7 @@ class Loop:
     hold: Callable[[], None]  # raises where the folder is another run's by now
     narrowed: Narrowed | None = None  # where not every id is trained
     samples: Samples | None = None  # poems on the way
+    on_row: Callable[[dict[str, Any]], object] | None = None  # the caller's, which is given each row as it is written
     done: int = 0
     _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
     _val_loss: float | None = None  # after the last step, where it ended an epoch
@@ -149,7 +150,7 @@ class Loop:
     def _run(self, stop: StopRequest) -> int | None:
         self.model.train()
         self.voice.busy = lambda: self.saver.busy
-        self.voice.start(self.done, self.last_step, self.order.steps, self.config.epochs)
+        self.voice.start(self.done, self.last_step, self.order.steps, self.config.epochs, self.metrics.rows)
         try:
             if self.done and self._is_sampled(self.done) and not self._epoch_due:
                 self._sample()  # a signal came before it was done
@@ -215,6 +216,8 @@ class Loop:
         self.voice.advance()
         if not self._estimated and (speak or self.device.type == "cpu"):
             self._estimate()
+        if speak:
+            self._hear()
 
     def _look(self) -> None:
         """Report losses far above those before them."""
@@ -233,12 +236,25 @@ class Loop:
             row |= {"loss_scale": float(scale.value)}
         row |= {"poems": self.config.batch_size, "tokens": rows.tokens, **self.tally.row(self.step.totals())}
         self.metrics.write(row)
-        left = self.tally.seconds_left(self.last_step - self.done)
-        self.voice.say(
-            step_line(row, self.config.epochs, self.last_step, left, self.voice.lang, left=not self.voice.live)
-        )
+        self.voice.row(row, self.tally.seconds_left(self.last_step - self.done))
         if self.device.type != "cpu":
             self._show((row["loss_mean"], row["accuracy_mean"], row["tokens_per_s"]))
+
+    def _hear(self) -> None:
+        """Give the caller the newest row. What that raises ends the run as a signal does: after a checkpoint."""
+        if self.on_row is None:
+            return
+        try:
+            self.on_row(dict(self.metrics.rows[-1]))
+        except BaseException as error:
+            if (self.done, self._epoch_due) != self._saved_at:
+                self.save(passing=True, last=True)
+            self.saver.wait()
+            if self.saver.error is None:
+                error.add_note(
+                    f"Step {self.done} is saved: fastpoem.fit(out={str(self.folder)!r}, resume=True) goes on."
+                )
+            raise
 
     def _show(self, newest: tuple[float, float, float]) -> None:
         """Have the live display show (loss, accuracy, tokens a second), and what else is known without asking the device."""
@@ -279,10 +295,13 @@ class Loop:
         self.saver.wait()
         saved = checkpoint.newest_whole(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
-        raise Diverged(
-            f"step {self.done}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; start again with a lower --lr{' or --precision fp32' * (self.step.optimizer.scale is not None)}, "
-            "or go on past these poems with --resume"
-        )
+        try:
+            self._hear()
+        finally:  # whatever that makes of a row without a loss
+            raise Diverged(
+                f"step {self.done}: loss or gradient was not finite {GIVE_UP} times in a row; {good}; start again with a lower --lr{' or --precision fp32' * (self.step.optimizer.scale is not None)}, "
+                "or go on past these poems with --resume"
+            )
 
     def _end_epoch(self, stop: StopRequest) -> bool:
         """Validate, write the epoch's row, start the next one's sums. False where a signal stopped that, to be done again."""
@@ -311,10 +330,11 @@ class Loop:
         self._epoch_due, self._val_loss, self.tally.told = False, row["val_loss"], NOTHING
         self.step.reset()
         self.metrics.write(row)
-        self.voice.say(epoch_line(row, self.config.epochs, self.voice.lang))
+        self.voice.row(row)
         if "in_form" in row:
             told = (f"{row[name]:.0%}" for name in ("in_form", "rhyming"))
             self.voice.say("of {0} poems {1} are in a form, {2} rhyme", MEASURED, *told)
+        self._hear()
         return True
 
     def _is_due(self) -> bool:

@@ -65,7 +65,8 @@ class Run:
         from fastpoem.reporting.told import told
         from fastpoem.reporting.words import speaker
 
-        return summary(told(self.folder, self.folder.name, self.metrics), speaker("auto"))
+        run = told(self.folder, self.folder.name, self.metrics)
+        return summary(run, speaker(str(run.settings.get("lang", "auto"))))
 
     def __repr__(self) -> str:
         steps = [row for row in self.metrics if "event" not in row and "loss" in row]

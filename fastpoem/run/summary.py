@@ -72,8 +72,8 @@ def before(
     ]
 
 
-def after(loop: Loop, write: str) -> list[tuple[str, str]]:
-    """(label, text) rows. write: the command that writes poems, to which the model's folder is added."""
+def after(loop: Loop, write: str | None) -> list[tuple[str, str]]:
+    """(label, text) rows. write: the command that writes poems, to which the model's folder is added; None: a call does."""
     say, rows, here, best = loop.voice.words, [], loop.tally.here, loop.best
     if here["seconds"]:
         poems = here["poems"] / here["seconds"]
@@ -87,7 +87,9 @@ def after(loop: Loop, write: str) -> list[tuple[str, str]]:
     if best.step:
         where = checkpoint.folder_of(loop.folder, best.step)
         rows.append(("best", say("validation loss {0:.4f} after step {1:,}, {2}", best.loss, best.step, where)))
-    rows.append(("write", f"{write} --model {shlex.quote(str(loop.folder))} --prompt 春"))
+    folder = str(loop.folder)
+    call = f"fastpoem.Run({folder!r}).generate('春', count=3)"
+    rows.append(("write", call if write is None else f"{write} --model {shlex.quote(folder)} --prompt 春"))
     return rows
 
 
