@@ -422,7 +422,8 @@ def test_after_a_recording_that_fails_the_plain_step_goes_on_as_if_nothing_had_b
                 assert graph_memory() == before
             runs[fails] = observe(loop, tape)
         del loop
-        gc.collect()
+        while gc.collect():  # what has a finalizer may take a second time
+            pass
         torch.cuda.empty_cache()
         assert graph_memory() == before
     assert sum("could not be recorded" in line for line in said) == 1

@@ -153,7 +153,8 @@ def test_work_of_other_threads_in_other_streams_is_not_captured(tape, x):
 
 
 def test_side_streams_join_a_capture_by_events_and_must_be_joined(tape, x):
-    side = torch.cuda.Stream()
+    capture(tape, lambda: None)  # there is a stream for captures, and new ones come from a ring that it is in
+    side = next(one for one in map(torch.cuda.Stream, [0] * 33) if one != torch.cuda.graph.default_capture_stream)
 
     def fork(join, outside=None):
         here = torch.cuda.current_stream()
