@@ -2,13 +2,13 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from fastpoem import signals
 from fastpoem.model.hub import BUNDLED
-from tests import runs
 
 with contextlib.suppress(ImportError):  # tests/pretend_gpu does without
     from hypothesis import HealthCheck, settings
@@ -21,6 +21,7 @@ with contextlib.suppress(ImportError):  # tests/pretend_gpu does without
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for a hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background was told to ignore it
 SHARED = Path(os.environ.get("FASTPOEM_SHARED", Path(__file__).parents[2] / "shared"))
 
 
@@ -46,6 +47,8 @@ def verses() -> Path:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A folder with a tiny model's shape and sixty poems, which `tests.runs.settings` trains on."""
+    from tests import runs  # here, as tests/pretend_gpu and the kernels' own processes have no such package
+
     folder = tmp_path_factory.mktemp("base")
     runs.tiny_model(folder / "model", BUNDLED / "model")
     runs.tiny_data(folder / "poems.txt", BUNDLED / "poems.txt")
