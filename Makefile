@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-oldest test-newest test-pretend-gpu test-pretend-gpu-oldest test-pretend-gpu-newest lint bench clean
+.PHONY: demo test test-oldest test-newest test-pretend-gpu test-pretend-gpu-oldest test-pretend-gpu-newest lint docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastpoem.train
@@ -17,6 +17,16 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy --no-error-summary
+
+# The site of docs/, into build/site. A broken link or anchor is an error.
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "the docs are in build/site"
+
+.venv-docs/.installed: constraints-docs.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-docs.txt mkdocs-material jieba
+	@touch $@
 
 # The suite with the oldest of all that pyproject.toml allows, and with the newest that there is today. Behind targets of their own because each
 # installs PyTorch's CUDA build, several GB. PIP_CONSTRAINT stands in for what a machine's own pip configuration pins.
@@ -68,4 +78,4 @@ $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@ $(VENV)/.demo
 
 clean:
-	rm -rf $(VENV) .venv-* runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) .venv-* build/site runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,4 +1,4 @@
-"""MkDocs hooks: the READMEs are the site's first pages, and what lies outside docs/ is no link there."""
+"""MkDocs hooks: the READMEs are the site's first pages, what lies outside docs/ is no link there, and a Chinese page is in Chinese around its text too."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jieba
 from mkdocs.structure.files import File
+
+jieba.setLogLevel("WARNING")  # the search's: four lines in every build
 
 ROOT = Path(__file__).parent.parent
 PAGES = {
@@ -30,3 +33,14 @@ def on_files(files: Any, config: Any, **_: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"\[([^]]*)\]\(\.\./[^)]*\)", r"\1", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    return html.replace(r"\|", "|")  # in a table's code, where Python-Markdown leaves the backslash
+
+
+def on_page_context(context: Any, page: Any, config: Any, nav: Any, **_: Any) -> None:
+    """The theme's own words, the language that a browser chooses glyphs by, and the Chinese pages first."""
+    chinese = ".zh-CN" in page.file.src_uri
+    config.theme["language"] = "zh" if chinese else "en"
+    nav.items.sort(key=lambda item: (item.title == "中文") != chinese)

@@ -61,7 +61,8 @@ def test_both_languages_say_the_same(english, chinese):
 
 
 def test_a_page_of_the_users_half_is_there_in_chinese():
-    for name in ("README", "docs/usage", "docs/coming-from", "docs/gpu", "docs/faults", "docs/exactness", "docs/speed"):
+    pages = ("usage", "coming-from", "gpu", "faults", "exactness", "speed", "how-it-works", "neighbours")
+    for name in ("README", *(f"docs/{page}" for page in pages)):
         assert (ROOT / f"{name}.zh-CN.md").is_file(), name
 
 
