@@ -53,7 +53,9 @@ def how_many_in(store: TokenStore, other: TokenStore, rows: np.ndarray) -> int:
     seen = np.zeros(len(wanted), bool)
     for bucket in store.buckets if len(wanted) else ():
         for _, values in _hashes(store, bucket):
-            seen |= np.isin(wanted, values[_among(values, np.unique(wanted))])
+            seen |= np.isin(
+                wanted, values[_among(values, np.unique(wanted))], kind="sort"
+            )  # NumPy 2.0 makes a table of 64 bits overflow
     return int(seen.sum())
 
 
