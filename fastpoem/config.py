@@ -89,7 +89,7 @@ class TrainConfig:
     """Token that stands for a line break inside a poem, such as [unused1]. None: the model's own, if it has one; otherwise the lines of
     a poem are joined."""
     model: str | None = None
-    """Hugging Face name or folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
+    """Hugging Face name, folder of a model, or a run's folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
     from_scratch: bool = False
     """Take only the configuration and the tokenizer of --model; draw the weights from --seed."""
     out: str | None = None

@@ -7,13 +7,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
@@ -49,6 +50,8 @@ class EvaluateConfig:
     """Where the prepared token store is kept. None: .fastpoem/ beside the text."""
     json: bool = False
     """Print one JSON object and nothing else."""
+    lang: Literal["auto", "en", "zh"] = "auto"
+    """Language of what is printed. auto: on a terminal that of the locale, in a pipe English."""
 
     def check(self) -> EvaluateConfig:
         for name, low in (("poems", 1), ("count", 0), ("batch_size", 1), ("seed", 0)):
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.json:
         print(json.dumps(report, ensure_ascii=False, allow_nan=False))
     else:
-        show(report)
+        show(report, config.lang)
     return 0
 
 
@@ -166,17 +169,22 @@ def _trained_on(model: str, identity: str) -> bool:
     return False
 
 
-def show(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any], lang: str = "en") -> None:
     """The report for a person."""
+    from rich.cells import set_cell_size
     from rich.console import Console
     from rich.table import Table
 
+    from fastpoem.run.words import language, put
+
     console = Console(highlight=False)
-    console.print(f"{report['poems']:,} poems, {report['tokens']:,} tokens", markup=False)
+    word = functools.partial(put, language(lang, sys.stdout.isatty()))
+    line = lambda name, value: f"{set_cell_size(word(name), 24)} {value}"
+    console.print(word("{0:,} poems, {1:,} tokens", report["poems"], report["tokens"]), markup=False)
     if report["trained_on"]:
-        console.print("the model was trained on this text: on new poems its loss is higher", markup=False)
+        console.print(word("the model was trained on this text: on new poems its loss is higher"), markup=False)
     console.print()
-    console.print(f"loss                     {report['loss']:.4f}", style="bold")
+    console.print(line("loss", f"{report['loss']:.4f}"), style="bold", markup=False)
     lines = [
         ("perplexity per token", f"{report['perplexity']:.1f}"),
         ("perplexity per character", _number(report["perplexity_per_character"], 1)),
@@ -189,13 +197,15 @@ def show(report: dict[str, Any]) -> None:
     if "loss_among_trained" in report:
         lines.append(("loss among trained ids", _number(report["loss_among_trained"])))
     for name, value in lines:
-        console.print(f"{name:24} {value}", markup=False)
+        console.print(line(name, value), markup=False)
     for title, key in (("characters", "by_length"), ("form", "by_form")):
         table = Table(box=None, pad_edge=False, title_justify="left")
         for name in (title, "poems", "loss", "accuracy"):
-            table.add_column(name, justify="left" if name == title else "right", min_width=10)
+            table.add_column(word(name), justify="left" if name == title else "right", min_width=10)
         for row in report[key]:
-            table.add_row(row["name"], f"{row['poems']:,}", f"{row['loss']:.4f}", f"{row['accuracy']:.1%}")
+            table.add_row(
+                _group(row["name"], word), f"{row['poems']:,}", f"{row['loss']:.4f}", f"{row['accuracy']:.1%}"
+            )
         console.print("", table)
     if (own := report["written"]) is not None:
         said = [
@@ -206,12 +216,26 @@ def show(report: dict[str, Any]) -> None:
             ("different poems", f"{own['distinct']:.0%}"),
             (
                 "longest run copied",
-                f"{own['longest_copied']} tokens, {own['median_copied']:.0f} in the median; {own['copied_whole']} poems whole",
+                word(
+                    "{0} tokens, {1:.0f} in the median; {2} poems whole",
+                    own["longest_copied"],
+                    own["median_copied"],
+                    own["copied_whole"],
+                ),
             ),
         ]
-        console.print(f"\nof {own['poems']} poems written by the model", markup=False)
+        console.print("\n" + word("of {0} poems written by the model", own["poems"]), markup=False)
         for name, value in said:
-            console.print(f"{name:24} {value}", markup=False)
+            console.print(line(name, value), markup=False)
+
+
+def _group(name: str, word: Callable[..., str]) -> str:
+    """The name of a group of by_length or by_form, such as "25 to 32" and "other", in the language of `word`."""
+    numbers = [int(part) for part in name.split() if part.isdigit()]
+    for template in ("{0} to {1}", "up to {0}", "over {0}"):
+        if numbers and template.count("{") == len(numbers) and template.format(*numbers) == name:
+            return word(template, *numbers)
+    return word(name)
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -6,6 +6,7 @@ Few poems on a terminal appear character by character; into a pipe, and where th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import operator
@@ -13,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
@@ -39,6 +41,8 @@ class GenerateCommand(GenerateConfig):
     """An object a line: the prompt, the poem, its form, rhyme and tones."""
     tones: bool = False
     """Below each poem its tones (平仄), its rhyme, and what is off by the rules of regulated verse."""
+    lang: Literal["auto", "en", "zh"] = "auto"
+    """Language of what --tones says. auto: on a terminal that of the locale, in a pipe English."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +103,10 @@ def _appearing(coming: Iterable[tuple[int, str]]) -> Iterator[str]:
 def _print_behind(config: GenerateCommand, poem: str) -> None:
     """What stands between a poem that was printed and the next."""
     if config.tones:
-        print("\n" + shown(poem, _book(config)), end="")
+        from fastpoem.run.words import language, put
+
+        word = functools.partial(put, language(config.lang, sys.stdout.isatty()))
+        print("\n" + shown(poem, _book(config), word), end="")
     print(end="\n\n" if config.tones or "\n" in poem else "\n", flush=True)
 
 

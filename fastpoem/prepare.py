@@ -1,5 +1,6 @@
 """`python -m fastpoem.prepare --data SRC --model M --out STORE`: a text to a token store, and what is in it."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -17,7 +18,7 @@ class PrepareConfig:
     """Poems: text files with one poem a line, .jsonl, .json, .csv or .tsv files (plain, .gz, .xz, .bz2 or .zip), or folders of them.
     Several are one corpus."""
     model: str
-    """The model whose tokenizer to use: a folder or a Hugging Face name."""
+    """The model whose tokenizer to use: a folder, a run's folder, or a Hugging Face name."""
     out: str
     """The folder to make. A store that is there is replaced, anything else is left alone."""
     max_length: int = 512
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     from fastpoem.corpus.store import is_store, prepare_store, summarise
     from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.model.find import resolve_folder
+    from fastpoem.run.trained import trained_model
 
     check_settings(config.max_length, config.buckets)
     if not config.data:
@@ -59,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
         if is_store(path):
             raise InputError(path, "is a token store already", "give it to fastpoem.train as it is")
     source_files(source)
-    tokenizer = PoemTokenizer.load(resolve_folder(config.model, weights=False), config.line_break)
+    model = trained_model(config.model, lambda line: print(f"fastpoem: {line}", file=sys.stderr))
+    tokenizer = PoemTokenizer.load(resolve_folder(model, weights=False), config.line_break)
     source = replace(
         source,
         field=config.field,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fastpoem.errors import InputError
 from fastpoem.paths import given_path
 
 PROG = "python -m fastpoem.report"
+_NAMES_A_FILE = re.compile(r"\.(?!html?$)[a-z]\w{1,4}$", re.IGNORECASE)  # x.txt, not v1.2
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ def _goal(out: str | None, first: Path, mark: str) -> Path:
         goal = first / "report" / "report.html"
     else:
         goal = given_path("--out", out)
+        if _NAMES_A_FILE.search(out) and not goal.is_dir():
+            mend = f"let it end in .html, or in a slash if {goal.name} is to be a folder"
+            raise InputError(f"--out {out}", "the page is HTML", mend)
         goal = goal if goal.suffix.lower() in (".html", ".htm") else goal / "report.html"
     try:
         with goal.open("rb") as stream:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -109,6 +110,16 @@ def test_what_it_writes_is_looked_at(small_model, poems, capsys):
     )
     said = capsys.readouterr().out
     assert "loss" in said and "in a form" in said and "longest run copied" in said
+
+
+def test_it_says_it_in_chinese(small_model, poems, capsys):
+    asked = ["--model", str(small_model), "--data", str(poems), "--count", "2", "--device", "cpu", "--lang", "zh"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out
+    for words in ("首诗，", "损失   ", "困惑度（每字）", "至 32", "体裁", "其他", "模型自己写的 2 首诗", "整首相同"):
+        assert words in said, words
+    left = re.sub(r"\[UNK\]|token|\bid\b", "", said)
+    assert not re.search("[A-Za-z]{2}", left), left
 
 
 def test_copies_are_seen():

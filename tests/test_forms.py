@@ -22,7 +22,7 @@ from fastpoem.generation import write as batches
 from fastpoem.generation.choose import penalised
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.generation.constrain import Constraint, FormProcessor
-from fastpoem.generation.poems import _refuse_short, growing, poems, sample
+from fastpoem.generation.poems import _refuse_longer, growing, poems, sample
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.model.hub import BUNDLED
@@ -203,7 +203,7 @@ def test_models_that_cannot_write_it():
         with pytest.raises(InputError, match=says):
             Constraint(form, vocabulary, 9, never)
     with pytest.raises(InputError, match="--form 七律: has 65 tokens, and the model allows 41; use a shorter form"):
-        _refuse_short(GenerateConfig(""), "七律", 65, 41)
+        _refuse_longer(FORMS["七律"], 41)
 
 
 # transformers
@@ -346,6 +346,18 @@ def test_tones_are_printed_below_a_poem(whole, capsys):
     poem, tones, said, *rest = capsys.readouterr().out.split("\n")
     assert form_of(poem) == "五绝" and {*tones.strip()} <= {*"平仄中？ "} and len(tones.split()) == 4
     assert said.startswith("    五绝; rhymes in 平水韵 ") and "首句" in said and rest[0] == "" and len(rest) == 6
+
+
+def test_tones_are_told_in_chinese(whole, capsys, monkeypatch):
+    asked = ["--model", str(whole), "--form", "五绝", "--rhyme", "平水韵", "--tones", "--lang", "zh"]
+    assert main(asked) == 0
+    said = capsys.readouterr().out.split("\n")[2]
+    assert said.startswith("    五绝；押平水韵") and "首句" in said and "rhymes" not in said
+
+
+def test_too_short_for_a_form_is_said_before_the_model_is_looked_for():
+    with pytest.raises(InputError, match="--form 五律: has 49 tokens, and --max-length allows 48; raise it"):
+        main(["--model", "nowhere", "--form", "wulv", "--max-length", "48"])
 
 
 @pytest.mark.parametrize(

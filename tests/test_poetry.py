@@ -30,6 +30,8 @@ SNOW = "千山鸟飞绝，万径人踪灭。孤舟蓑笠翁，独钓寒江雪。
     (TOWER, "五绝"), (RIVER, "七绝"), (SPRING, "五律"), (HEIGHTS, "七律"), (" 白日依山尽，\n黄河入海流。 欲穷千里目，\n更上一层楼。\n", "五绝"),
     ("何如肆辙迹？万里赏瑶池！何如肆辙迹；万里赏瑶池？", "五绝"), ("", None), (TOWER[:-1], None), (TOWER[1:], None), (TOWER + RIVER, None),
     (TOWER.replace("。", "，"), None), (TOWER[:12], None), (TOWER.replace("依", "a"), None), (TOWER.replace("依", "[UNK]"), None),
+    ("「白日依山尽，黄河入海流。」“欲穷千里目，更上‘一层’楼。”", "五绝"), ("登鹳雀楼\n" + TOWER, "五绝"), ("登鹳雀楼 王之涣　" + TOWER, "五绝"),
+    ("《登鹳雀楼》 王之涣：" + TOWER, "五绝"), ("登鹳雀楼：" + TOWER, "五绝"), ("登鹳雀楼" + TOWER, None), ("登鹳雀楼，" + TOWER, None), ("《登鹳雀楼》", None),
     (TOWER.replace("，", ","), None), (TOWER + "春", None), (TOWER.replace("依", "𬮱"), "五绝"), (TOWER.replace("依", "〇"), "五绝"),
 ])  # fmt: skip
 def test_form(poem, form):
@@ -116,16 +118,31 @@ def test_a_tone_that_is_off_is_named():
         "春雨清风过夜黄，夏头如照一斜人。秋来不说三成少，冬子人看已旧珍。"
     )  # the first line ends level, and elsewhere
     assert report.faults == (Fault(1, 7, "黄"),)
+    for text in (f"《登鹳雀楼》{TOWER}", f"登鹳雀楼 {TOWER}", TOWER.replace("更上一", "更“上一”")):
+        assert tones(text) == tones(TOWER) and rhymes(text) is True
     assert tones("春来").regulated is None and tones("春来").lines == ("平平",)
     assert [tone_of(one) for one in "春水看𪚥"] == ["平", "仄", "中", "？"]
     assert [tone_of(one, XINYUN) for one in "白国"] == ["平", "平"] and tone_of("白") == "仄"
+
+
+def test_a_character_that_is_not_in_the_book_is_not_called_right():
+    strange = HEIGHTS.replace("滚滚", "滾滾")
+    report = tones(strange)
+    assert not report.faults and report.unknown == (Fault(4, 5, "滾"), Fault(4, 6, "滾")) and report.regulated is None
+    assert tones(strange.replace("万里", "万悲")).regulated is False
+    said = shown(strange)
+    assert "every tone right" not in said and said.endswith("not in the book: 滾 (line 4, 5) 滾 (line 4, 6)")
+    assert (
+        verdict(strange)["unknown"][0] == {"line": 4, "place": 5, "character": "滾"}
+        and shares([strange]).regulated == 0
+    )
 
 
 def test_verdicts_and_shares():
     told = verdict(TOWER)
     assert json.loads(json.dumps(told, ensure_ascii=False)) == told == {
         "form": "五绝", "rhymes": True, "rhyme": "下平十一尤", "tones": ["仄仄平平仄", "平平仄仄平", "中平平仄仄", "仄仄仄平平"],
-        "scheme": "仄起首句不入韵", "regulated": True, "off": [],
+        "scheme": "仄起首句不入韵", "regulated": True, "off": [], "unknown": [],
     } | {"tones": [*tones(TOWER).lines]}  # fmt: skip
     assert verdict("春")["form"] is None and "in no form" in shown("春") and "every tone right" in shown(TOWER)
     assert "水 (line 2, 2)" in shown(TOWER.replace("河", "水"))

@@ -209,7 +209,8 @@ def test_a_run_that_trains_is_told_as_such_and_left_alone(run, tmp_path):
     (["{base}"], "holds no run"),
     (["{base}/one", "{base}/../{name}/one"], "is given twice"),
     (["{base}/one", "--out", "{base}/poems.html"], "is no report, and would be written over"),
-    (["{base}/one", "--out", "{base}/poems.txt"], "cannot be written"),
+    (["{base}/one", "--out", "{base}/poems.txt"], "poems.txt: the page is HTML; let it end in .html, or in a slash if poems.txt is to be a folder"),
+    (["{base}/one", "--out", "{base}/curves.PNG"], "the page is HTML"),
     (["{base}/one", "--out", ""], "is empty"),
     (["{base}/one", "--outt", "x"], "no such flag; did you mean --out?"),
     (["{base}/one", "--lang", "fr"], "no such choice"),
@@ -221,6 +222,13 @@ def test_what_is_refused(trained, args, says):
         main([arg.format(base=trained, name=trained.name) for arg in args])
     assert says in str(refusal.value)
     assert sorted(trained.rglob("*")) == before and (trained / "poems.html").read_text() == "<p>mine</p>"
+
+
+@pytest.mark.parametrize("out", ["x.txt/", "v1.2", "there.txt"])
+def test_a_folder_may_be_called_what_it_likes(trained, tmp_path, out):
+    (tmp_path / "there.txt").mkdir()
+    assert main([str(trained / "one"), "--out", f"{tmp_path}/{out}", "--no-png"]) == 0
+    assert (tmp_path / out / "report.html").is_file()
 
 
 def test_without_matplotlib(trained, tmp_path, monkeypatch, capsys):

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import fastpoem
+from fastpoem import prepare
 from fastpoem.config import RECIPES, from_kwargs
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
@@ -93,6 +94,26 @@ def test_a_run_that_went_on_is_not_the_model_it_once_left(base, tmp_path, monkey
     monkeypatch.undo()
     fastpoem.fit(out=str(copy), resume=True)
     assert fastpoem.Run(copy).model == copy / "model"
+
+
+def test_training_goes_on_from_the_model_of_a_run(base, untouched, tmp_path, monkeypatch, capsys):
+    """Named by its folder, as generate takes it: RUN/model, or the newest checkpoint while there is none."""
+    run = shutil.copytree(untouched(), tmp_path / "run")
+    by_model = fastpoem.fit(
+        **settings(base, out=str(tmp_path / "a"), model=str(run / "model"), from_scratch=False, max_steps=3)
+    )
+    capsys.readouterr()
+    by_run = fastpoem.fit(**settings(base, out=str(tmp_path / "b"), model=str(run), from_scratch=False, max_steps=3))
+    assert f"the model is {run / 'model'}" in capsys.readouterr().out
+    assert rows(by_run.folder) == rows(by_model.folder)
+    fastpoem.fit(out=str(by_run.folder), resume=True, max_steps=5)
+    shutil.rmtree(run / "model")
+    store = tmp_path / "store"
+    prepare.main(["--data", str(base / "poems.txt"), "--model", str(run), "--out", str(store)])
+    assert f"the model is {run / 'checkpoints'}" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(InputError, match="holds no model and no whole checkpoint yet"):
+        fastpoem.fit(**settings(base, out=str(tmp_path / "c"), model=str(run)))
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,9 @@ class GenerateConfig:
         for name in ("acrostic", "rhyme"):
             if (value := getattr(self, name)) is not None and self.form is None:
                 raise InputError(f"--{name} {brief(value, 40)}", "needs a form", "add --form 七绝 or another")
-        if self.form is not None:
-            form_named(self.form)
+        if self.form is not None and 3 <= self.max_length < (needed := 1 + (form := form_named(self.form)).length):
+            reason = f"has {needed} tokens, and --max-length allows {self.max_length}"
+            raise InputError(f"--form {form.name}", reason, "raise it")
         if self.rhyme is not None:
             book_named(self.rhyme)
         odd = next((prompt for prompt in self.prompt if NO_POEM.search(LINE_END.sub("", prompt))), None)

@@ -13,7 +13,7 @@ from fastpoem import signals
 from fastpoem.config import coerce
 from fastpoem.errors import InputError
 from fastpoem.generation.config import GenerateConfig
-from fastpoem.poetry.forms import form_named
+from fastpoem.poetry.forms import Form, form_named
 from fastpoem.poetry.rhyme import book, book_named
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def _ready(config: GenerateConfig, device: torch.device, say: Callable[[str], No
         acrostic = None if config.acrostic is None else reader.convert(config.acrostic)
         rhymes = None if config.rhyme is None else book(book_named(config.rhyme))
         constraint = Constraint(form, tokenizer.library.get_vocab(True), tokenizer.sep_id, silent, acrostic, rhymes)
-        _refuse_short(config, form.name, 1 + form.length, shape.n_positions + 1)  # the last token is not read
         longest = 1 + form.length
+        _refuse_longer(form, shape.n_positions + 1)  # the last token is not read
     prompts = [reader(text) for text in config.prompt or ("",)]
     for prompt in prompts:
         if constraint is not None:
@@ -138,14 +138,11 @@ def _ready(config: GenerateConfig, device: torch.device, say: Callable[[str], No
     return _Ready(model, speller, prompts, seed, bounds)
 
 
-def _refuse_short(config: GenerateConfig, form: str, needed: int, positions: int) -> None:
-    """Raises InputError where a poem of `needed` tokens, the first included, is longer than --max-length or the model allows."""
-    for most, whose, mend in (
-        (positions, "the model", "use a shorter form"),
-        (config.max_length, "--max-length", "raise it"),
-    ):
-        if needed > most:
-            raise InputError(f"--form {form}", f"has {needed} tokens, and {whose} allows {most}", mend)
+def _refuse_longer(form: Form, most: int) -> None:
+    """Raises InputError where a poem of the form, with the token that begins it, has more than `most` tokens."""
+    if 1 + form.length > most:
+        reason = f"has {1 + form.length} tokens, and the model allows {most}"
+        raise InputError(f"--form {form.name}", reason, "use a shorter form")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,10 @@ HAN = "〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # for r
 COMMA, STOP = "，", "。"
 INNER, LAST = "，。？！；：、", "。？！；"  # marks that may end a couplet's first line, and its second
 _LINE = re.compile(f"[{HAN}]+")
+_QUOTES = re.compile("[“”‘’「」『』﹁﹂﹃﹄\"']")
+_TITLE = re.compile(
+    rf"\s*(?:《[^》]*》\s*|[^{INNER}\s]+(?:[：:]\s*|\s+)){{1,3}}"
+)  # 《静夜思》 李白：, or what stands alone before a blank
 
 
 class Form(NamedTuple):
@@ -51,11 +55,20 @@ def form_named(text: str) -> Form:
 
 
 def form_of(poem: str) -> str | None:
-    """五绝, 七绝, 五律 or 七律, whichever the text is in, or None. Spaces and line breaks do not count."""
-    bare = "".join(poem.split())
-    return next((name for name, shape in _SHAPES.items() if shape.fullmatch(bare)), None)
+    """五绝, 七绝, 五律 or 七律, whichever the text is in, or None. Spaces, line breaks, quotation marks and a title before it do not count."""
+    return _read(poem)[0]
 
 
 def lines_of(poem: str) -> list[str]:
-    """The lines of a poem of any form, without marks."""
-    return _LINE.findall(poem)
+    """The lines of a poem of any form, without marks. A title counts as a line where the text is in no form without it."""
+    return _LINE.findall(_read(poem)[1])
+
+
+def _read(poem: str) -> tuple[str | None, str]:
+    """(the form, the text that is in it: without a title and quotation marks, or all but these where it is in none)."""
+    plain = _QUOTES.sub("", poem)
+    for text in (plain, _TITLE.sub("", plain)):
+        bare = "".join(text.split())
+        if (form := next((name for name, shape in _SHAPES.items() if shape.fullmatch(bare)), None)) is not None:
+            return form, bare
+    return None, plain

@@ -29,7 +29,7 @@ _NEIGHBOURS = ("东冬", "江阳", "支微齐灰", "鱼虞", "佳灰", "真文�
 
 
 class Fault(NamedTuple):
-    """A character whose tone is off. line, place: from 1."""
+    """A character whose tone is off, or not known. line, place: from 1."""
 
     line: int
     place: int
@@ -42,11 +42,12 @@ class Tones(NamedTuple):
     lines: tuple[str, ...]
     scheme: str | None
     faults: tuple[Fault, ...]
+    unknown: tuple[Fault, ...] = ()  # characters of a poem in a form that are not in the book
 
     @property
     def regulated(self) -> bool | None:
-        """Whether no tone is off; None for a text in no form."""
-        return None if self.scheme is None else not self.faults
+        """Whether no tone is off; None for a text in no form, and where that hangs on a character that is not in the book."""
+        return False if self.faults else None if self.scheme is None or self.unknown else True
 
 
 @functools.cache
@@ -70,7 +71,9 @@ def tones(poem: str, by: str = PINGSHUI) -> Tones:
     off = fitting[scheme]
     if lines[0][-1] == LEVEL and last and not any(_near(first, one, by) for one in last):
         off = sorted({*off, (0, len(lines[0]) - 1)})
-    return Tones(lines, scheme, tuple(Fault(line + 1, at + 1, text[line][at]) for line, at in off))
+    strange = [(line, at) for line, kinds in enumerate(lines) for at, kind in enumerate(kinds) if kind == UNKNOWN]
+    named = lambda places: tuple(Fault(line + 1, at + 1, text[line][at]) for line, at in places)
+    return Tones(lines, scheme, named(off), named(strange))
 
 
 def _near(some: frozenset[int], others: frozenset[int], by: str) -> bool:

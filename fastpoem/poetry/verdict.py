@@ -6,7 +6,7 @@ The shares are a measure of a model: they show at once when sampling or the fram
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from fastpoem.poetry.forms import form_of
@@ -15,7 +15,8 @@ from fastpoem.poetry.tones import Tones, tones
 
 
 def verdict(poem: str, by: str = PINGSHUI) -> dict[str, Any]:
-    """Form, rhymes and tones of a poem as JSON has them. `regulated` and `scheme` are None for a poem in no form."""
+    """Form, rhymes and tones of a poem as JSON has them. `regulated` and `scheme` are None for a poem in no form, `regulated` also where it
+    hangs on a character that is not in the book (`unknown`)."""
     group, report = rhyme_of(poem, by), tones(poem, by)
     return {
         "form": form_of(poem),
@@ -25,19 +26,32 @@ def verdict(poem: str, by: str = PINGSHUI) -> dict[str, Any]:
         "scheme": report.scheme,
         "regulated": report.regulated,
         "off": [fault._asdict() for fault in report.faults],
+        "unknown": [fault._asdict() for fault in report.unknown],
     }
 
 
-def shown(poem: str, by: str = PINGSHUI) -> str:
-    """The same for a person, on two lines: the tones, and what is said of them."""
+def _english(line: str, *values: Any) -> str:
+    return line.format(*values) if values else line
+
+
+def shown(poem: str, by: str = PINGSHUI, put: Callable[..., str] = _english) -> str:
+    """The same for a person, on two lines: the tones, and what is said of them. put: has an English template and its values in another
+    language."""
     report: Tones = tones(poem, by)
-    said = [form_of(poem) or "in no form"]
     group = rhyme_of(poem, by)
-    said.append(f"rhymes in {by} {group}" if group else f"no rhyme by {by}")
-    if report.scheme is not None:
-        off = " ".join(f"{fault.character} (line {fault.line}, {fault.place})" for fault in report.faults)
-        said.append(f"{report.scheme}, " + (f"off: {off}" if off else "every tone right"))
-    return f"    {' '.join(report.lines)}\n    {'; '.join(said)}"
+    said = [
+        form_of(poem) or put("in no form"),
+        put("rhymes in {0} {1}", by, group) if group else put("no rhyme by {0}", by),
+    ]
+    named = lambda some: " ".join(put("{0} (line {1}, {2})", one.character, one.line, one.place) for one in some)
+    if report.faults:
+        said.append(put("{0}, off: {1}", report.scheme, named(report.faults)))
+    elif report.scheme is not None:
+        right = "{0}, no tone known to be off" if report.unknown else "{0}, every tone right"
+        said.append(put(right, report.scheme))
+    if report.unknown:
+        said.append(put("not in the book: {0}", named(report.unknown)))
+    return f"    {' '.join(report.lines)}\n    {put('; ').join(said)}"
 
 
 class Shares(NamedTuple):

@@ -33,6 +33,7 @@ from fastpoem.model.gpt2 import GPT2Config
 from fastpoem.paths import given_path, user_cache
 from fastpoem.run import checkpoint
 from fastpoem.run.console import Voice
+from fastpoem.run.trained import trained_model
 from fastpoem.run.validate import Validation
 
 UNKNOWN = "{0:.1%} of the tokens are [UNK], characters that the vocabulary lacks: {1} …; --grow-vocab adds them"
@@ -58,6 +59,7 @@ def take(config: TrainConfig, voice: Voice, scratch: Path | None = None) -> Give
     source = named(config, config.data or (str(hub.BUNDLED / "poems.txt"),), "--data")
     ready = TokenStore.open(source.paths[0]) if is_store(source.paths[0]) else None
     name = config.model or (HUB_MODEL if config.data else str(hub.BUNDLED / "model"))
+    name = trained_model(name, lambda line: voice.say("{0}", line))
     model_folder = resolve_folder(name, weights=not config.from_scratch)
     hub_name = None if model_folder == given_path("--model", name) else name
     shape, raw_config = hub.read_config(model_folder)
