@@ -138,10 +138,8 @@ ZH = {
     # Evaluate
     "{0:,} poems, {1:,} tokens": "{0:,} 首诗，{1:,} 个 token",
     "the model was trained on this text: on new poems its loss is higher": "模型就是用这份文本训练的：新诗的损失会更高",
-    "loss": "损失",
     "perplexity per token": "困惑度（每 token）",
     "perplexity per character": "困惑度（每字）",
-    "accuracy": "准确率",
     "loss per poem": "每首的损失",
     "[UNK] among the tokens": "[UNK] 的比例",
     "loss without [UNK]": "[UNK] 以外的损失",
