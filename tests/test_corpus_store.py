@@ -557,7 +557,7 @@ def test_a_poem_of_one_character_has_something_to_predict(tmp_path: Path, folder
 @pytest.mark.parametrize("command", ["prepare", "train", "generate"])
 def test_help_and_refusals_do_not_wait_for_torch(tmp_path: Path, folder: Path, command: str) -> None:
     code = (
-        "import sys, runpy\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=False)\n"
+        "import sys, runpy\nsys.argv = sys.argv[1:]\ntry:\n    runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
         "finally:\n    assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     flags = {
