@@ -20,6 +20,7 @@ from fastpoem import signals
 from fastpoem.cli import helps, kinds, read
 from fastpoem.config import TrainConfig, coerce, from_kwargs
 from fastpoem.errors import InputError
+from fastpoem.paths import keep_caches
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -106,6 +107,8 @@ def configured(**settings: Any) -> TrainConfig:
             from fastpoem.corpus.given_poems import as_paths
 
             cache = coerce("cache_dir", settings.get("cache_dir"), "str | None")
+            if cache is None:
+                keep_caches(None)  # an earlier call may have had a folder of its own
             settings[name] = as_paths(name, settings[name], settings.get("field"), cache)
     return from_kwargs(**settings)
 

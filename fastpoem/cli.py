@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from fastpoem import signals
 from fastpoem.config import OTHER_NAMES
-from fastpoem.errors import Ended, InputError
+from fastpoem.errors import Ended, InputError, say
 from fastpoem.missing import missing
 
 Config = TypeVar("Config")
@@ -283,16 +283,16 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except Ended as error:
-        print(f"fastpoem: {error}", file=sys.stderr)
+        say(error)
         code = 1
     except InputError as error:
         _leave_if_told()  # a compiler that Ctrl-C ended as well may look like the user's mistake
-        print(f"fastpoem: {error}", file=sys.stderr)
+        say(error)
         code = 2
     except ModuleNotFoundError as error:
         if (line := missing(error.name)) is None:
             raise
-        print(f"fastpoem: {line}", file=sys.stderr)
+        say(line)
         code = 2
     except SystemExit as stop:
         code = stop.code

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from fastpoem import signals
 from fastpoem.cli import alone, parse, prog, run_command
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, say
 from fastpoem.generate import FEW
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.generation.poems import growing
@@ -72,9 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastpoem.run.console import Voice
     from fastpoem.run.trained import trained_model
     from fastpoem.run.words import language, put
-
-    def say(line: str) -> None:
-        print(f"fastpoem: {line}", file=sys.stderr)
 
     given, model = config.model, trained_model(config.model, say)
     if model == given:  # no run: a name of the hub is asked for once

@@ -4,6 +4,8 @@ Commands print it as one line on stderr and exit with code 2. `Ended` is their o
 its user, brought to an end. Everything else is a bug and keeps its traceback.
 """
 
+import sys
+
 
 class Ended(RuntimeError):
     """A run that could not go on or could not be saved: what happened, and what to do. One line."""
@@ -32,3 +34,8 @@ def brief(value: object, most: int = 80) -> str:
     except RecursionError:
         text = type(value).__name__
     return text if len(text) <= most else f"{text[: most - 2]} …"
+
+
+def say(line: object) -> None:
+    """A line of a command's own on stderr, at once."""
+    print(f"fastpoem: {line}", file=sys.stderr, flush=True)

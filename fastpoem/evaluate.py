@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, say
 from fastpoem.generation.config import GenerateConfig
 
 
@@ -65,7 +65,7 @@ class EvaluateConfig:
 def main(argv: Sequence[str] | None = None) -> int:
     config = parse(EvaluateConfig, argv, prog=prog("evaluate")).check()
     signals.imported("numpy", "torch", "tokenizers", "fastpoem.run.evaluation")  # which take seconds
-    report = evaluate(config, lambda line: print(f"fastpoem: {line}", file=sys.stderr, flush=True))
+    report = evaluate(config, say)
     if config.json:
         print(json.dumps(report, ensure_ascii=False, allow_nan=False))
     else:

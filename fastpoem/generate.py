@@ -18,6 +18,7 @@ from typing import Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
+from fastpoem.errors import say
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.generation.poems import growing, poems
 from fastpoem.generation.poems import sample as sample
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.imported("torch")  # which takes seconds
     from fastpoem.run.trained import trained_model
 
-    model = trained_model(config.model, lambda line: print(f"fastpoem: {line}", file=sys.stderr))
+    model = trained_model(config.model, say)
     config = dataclasses.replace(config, model=model)
     prompts = config.prompt or ("",)
     if config.json:

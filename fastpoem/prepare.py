@@ -1,12 +1,11 @@
 """`python -m fastpoem.prepare --data SRC --model M --out STORE`: a text to a token store, and what is in it."""
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, say
 from fastpoem.paths import given_path
 
 
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         if is_store(path):
             raise InputError(path, "is a token store already", "give it to fastpoem.train as it is")
     source_files(source)
-    model = trained_model(config.model, lambda line: print(f"fastpoem: {line}", file=sys.stderr))
+    model = trained_model(config.model, say)
     tokenizer = PoemTokenizer.load(resolve_folder(model, weights=False), config.line_break)
     source = replace(
         source,

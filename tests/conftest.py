@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastpoem import signals
+from fastpoem import paths, signals
 from fastpoem.model.hub import BUNDLED
 
 with contextlib.suppress(ImportError):  # tests/pretend_gpu does without
@@ -32,11 +32,12 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def signals_given_back():
-    """A command listens to signals until its process ends. One that a test ran in this process listens no longer."""
+def given_back():
+    """A command listens to signals, and keeps its caches in one place, until its process ends. One that a test ran in this process no longer."""
     yield
     signals._leave()
     signals._a_command = False
+    paths.keep_caches(None)
 
 
 @pytest.fixture(scope="session")

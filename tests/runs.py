@@ -80,9 +80,12 @@ def assert_tidy(run: Path) -> None:
 
 
 def assert_trained_alike(one: torch.nn.Module, other: torch.nn.Module) -> None:
-    """The same weights within 1e-5, but for one in 500 of a tensor: where a gradient is next to nothing AdamW makes its rounding as large as
-    any, and the rounding is that of a release of PyTorch. A key's bias has no other gradient at all."""
+    """The same weights within 1e-5, but for one in 500 of a tensor, which may be 1e-3 apart: where a gradient is next to nothing AdamW makes its
+    rounding as large as any, and the rounding is that of a release of PyTorch. A key's bias has no other gradient at all."""
     for (name, mine), theirs in zip(one.named_parameters(), other.parameters(), strict=True):
         if not name.endswith("c_attn.bias"):
             apart = ~torch.isclose(mine, theirs, rtol=1e-4, atol=1e-5)
-            assert apart.sum() <= apart.numel() // 500, f"{name}: {(mine - theirs).abs().max()} apart"
+            furthest = (mine - theirs).abs().max()
+            assert apart.sum() <= apart.numel() // 500 and furthest < 1e-3, (
+                f"{name}: {apart.sum()} apart, by {furthest} at most"
+            )

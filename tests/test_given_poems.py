@@ -11,6 +11,7 @@ from fastpoem.corpus.given_poems import as_paths, called
 from fastpoem.corpus.read import read_blocks
 from fastpoem.corpus.source import Source
 from fastpoem.errors import InputError
+from fastpoem.paths import keep_caches
 
 POEMS = ["床前明月光，疑是地上霜。", "春眠不觉晓，处处闻啼鸟。", "a.b"]
 
@@ -58,6 +59,8 @@ def test_they_are_kept_where_the_cache_is_asked_for(cache: Path, tmp_path: Path)
     here = tmp_path / "here"
     (path,) = configured(data=POEMS, cache_dir=here).data
     assert Path(path).parent == here / "given" and not cache.exists()
+    keep_caches(str(here))  # as the run of that call does
+    assert Path(*configured(data=POEMS).data).parent == cache / "fastpoem/given"
     assert called(Path(path), "a name") == "the given poems" and called(Path("given/a.jsonl"), "a name") == "a name"
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"given: cannot be written \(.*cache_dir="):

@@ -42,13 +42,12 @@ def task(shared_poems, tmp_path_factory, request):
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]), encoding="utf-8"
     )
     tokenizer = BertTokenizer(vocab=str(folder / "vocab.txt"))
-    torch.manual_seed(0)
     shape = GPT2Config(vocab_size=len(tokenizer), n_positions=128, n_embd=64, n_layer=2, n_head=2)
-    GPT2LMHeadModel(shape).save_pretrained(folder / "model")
+    shape.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     run = fastpoem.fit(
         data=str(folder / "before.txt"), model=str(folder / "model"), out=str(folder / "before"), lr=2e-3, batching="pack",
-        schedule="cosine", val_poems=0, device="cpu",
+        schedule="cosine", val_poems=0, device="cpu", from_scratch=True,  # transformers 5.0 would draw other weights
     )  # fmt: skip
     return folder / "poems.txt", held, run.model
 
@@ -91,4 +90,4 @@ def test_the_default_learns_as_the_notebook_does(task, tmp_path):
     spread = max(statistics.stdev(theirs), statistics.stdev(ours))
     assert statistics.mean(ours) < statistics.mean(theirs) + spread
     assert max(ours) < before < 6.5  # there was something to lose, and more was learned
-    assert before - statistics.mean(ours) > 0.012  # 0.014 with PyTorch 2.11; at half the rate it would be less
+    assert before - statistics.mean(ours) > 0.011  # 0.0135; at half the rate 0.0079

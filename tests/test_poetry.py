@@ -32,6 +32,8 @@ SNOW = "千山鸟飞绝，万径人踪灭。孤舟蓑笠翁，独钓寒江雪。
     (TOWER.replace("。", "，"), None), (TOWER[:12], None), (TOWER.replace("依", "a"), None), (TOWER.replace("依", "[UNK]"), None),
     ("「白日依山尽，黄河入海流。」“欲穷千里目，更上‘一层’楼。”", "五绝"), ("登鹳雀楼\n" + TOWER, "五绝"), ("登鹳雀楼 王之涣　" + TOWER, "五绝"),
     ("《登鹳雀楼》 王之涣：" + TOWER, "五绝"), ("登鹳雀楼：" + TOWER, "五绝"), ("登鹳雀楼" + TOWER, None), ("登鹳雀楼，" + TOWER, None), ("《登鹳雀楼》", None),
+    # Only what stands before a poem is its title, and looking for one takes no time.
+    (TOWER[:12] + "静夜思 " + TOWER[12:], None), (TOWER[:6] + "李白：" + TOWER[6:], None), ("山" * 300_000, None),
     (TOWER.replace("，", ","), None), (TOWER + "春", None), (TOWER.replace("依", "𬮱"), "五绝"), (TOWER.replace("依", "〇"), "五绝"),
 ])  # fmt: skip
 def test_form(poem, form):

@@ -50,12 +50,12 @@ def how_many_in(store: TokenStore, other: TokenStore, rows: np.ndarray) -> int:
     numbers = np.unique(which).tolist()
     parts = [_hash(other, other.buckets[number], place[which == number]) for number in numbers]
     wanted = np.sort(np.concatenate([np.empty(0, np.uint64), *parts]))
+    distinct = np.unique(wanted)
     seen = np.zeros(len(wanted), bool)
     for bucket in store.buckets if len(wanted) else ():
         for _, values in _hashes(store, bucket):
-            seen |= np.isin(
-                wanted, values[_among(values, np.unique(wanted))], kind="sort"
-            )  # NumPy 2.0 makes a table of 64 bits overflow
+            # "sort": the table that NumPy 2.0 would choose overflows with 64 bits.
+            seen |= np.isin(wanted, values[_among(values, distinct)], kind="sort")
     return int(seen.sum())
 
 

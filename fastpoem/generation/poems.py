@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpoem import signals
 from fastpoem.config import coerce
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, say
 from fastpoem.generation.config import GenerateConfig
 from fastpoem.poetry.forms import Form, form_named
 from fastpoem.poetry.rhyme import book, book_named
@@ -36,28 +35,28 @@ def sample(model: str | Path, prompt: str | Sequence[str] = "", **options: objec
     return [*poems(config.check())]
 
 
-def poems(config: GenerateConfig, say: Callable[[str], None] | None = None) -> Iterator[str]:
+def poems(config: GenerateConfig, say: Callable[[str], None] = say) -> Iterator[str]:
     """The poems that `config` (checked) asks for, as they are written. say: hears what was done to a prompt; by default, stderr.
     Raises InputError."""
     signals.imported("torch")
     from fastpoem.engine.precision import choose_device
     from fastpoem.generation.write import write
 
-    with _memory_named(device := choose_device(config.device, say or _say)):
-        ready = _ready(config, device, say or _say)
+    with _memory_named(device := choose_device(config.device, say)):
+        ready = _ready(config, device, say)
         for number, ids in enumerate(write(ready.model, ready.begun, ready.seed, config, **ready.bounds)):
             yield ready.poem(number // config.count, ids)
 
 
-def growing(config: GenerateConfig, say: Callable[[str], None] | None = None) -> Iterator[tuple[int, str]]:
+def growing(config: GenerateConfig, say: Callable[[str], None] = say) -> Iterator[tuple[int, str]]:
     """The same poems one after another, to be shown as they grow: (the poem's number from 0, its text so far), again and again. The last of a
     number is the whole poem. Each is written alone, which takes longer than in batches. Raises InputError."""
     signals.imported("torch")
     from fastpoem.engine.precision import choose_device
     from fastpoem.generation.write import growing as written
 
-    with _memory_named(device := choose_device(config.device, say or _say)):
-        ready = _ready(config, device, say or _say)
+    with _memory_named(device := choose_device(config.device, say)):
+        ready = _ready(config, device, say)
         for number, ids in written(ready.model, ready.begun, ready.seed, config, **ready.bounds):
             yield number, ready.poem(number // config.count, ids)
 
@@ -157,7 +156,3 @@ def _memory_named(device: torch.device) -> Iterator[None]:
             raise
         mend = "use a smaller model or --max-length" + (", or --device cpu" if device.type != "cpu" else "")
         raise InputError(str(device), "has too little memory left for this model", mend) from None
-
-
-def _say(line: str) -> None:
-    print(f"fastpoem: {line}", file=sys.stderr)

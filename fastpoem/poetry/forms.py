@@ -17,9 +17,8 @@ COMMA, STOP = "，", "。"
 INNER, LAST = "，。？！；：、", "。？！；"  # marks that may end a couplet's first line, and its second
 _LINE = re.compile(f"[{HAN}]+")
 _QUOTES = re.compile("[“”‘’「」『』﹁﹂﹃﹄\"']")
-_TITLE = re.compile(
-    rf"\s*(?:《[^》]*》\s*|[^{INNER}\s]+(?:[：:]\s*|\s+)){{1,3}}"
-)  # 《静夜思》 李白：, or what stands alone before a blank
+# Before the poem: 《静夜思》 李白：, or what stands alone before a blank.
+_TITLE = re.compile(rf"\A\s*(?:《[^》]*》\s*|[^{INNER}\s]+(?:[：:]\s*|\s+)){{1,3}}")
 
 
 class Form(NamedTuple):

@@ -57,9 +57,9 @@ def fit(
     generate: str | None = GENERATE,
     on_row: Callable[[dict[str, Any]], object] | None = None,
 ) -> Run:
-    """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong, NotSaved
-    where the disk does not take the result. generate: the command that writes poems, as it is called here; None: Python calls. on_row: gets a copy of each row
-    of metrics.jsonl; what it raises is raised after a checkpoint."""
+    """Train as `config` (checked) says. Raises InputError for what the user gave wrongly, Diverged when numbers go wrong, NotSaved where the
+    disk does not take the result. generate: the command that writes poems, as it is called here; None: Python calls. on_row: gets a copy of
+    each row of metrics.jsonl; what it raises is raised after a checkpoint."""
     about: str | None = None
     with assembled(config, voice or Voice(config.quiet, config.lang)) as (loop, export), StopRequest() as stop:
         loop.on_row = on_row

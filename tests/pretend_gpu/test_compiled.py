@@ -39,7 +39,7 @@ def test_no_kernel_spills(command, wide, tmp_path, sm):
     assert {one.arch.rstrip("a") for one in found} == {f"sm_{sm}"}
     kernels = {
         (one.name, one.source) for one in found
-    }  # Inductor's are tried in several block sizes, the fastest is used
+    }  # Inductor's in several block sizes, of which it uses the fastest
     assert kernels == {(one.name, one.source) for one in found if not one.spilled}
     assert [one for one in found if one.spilled and not one.name.startswith("triton_")] == []
     print(f"sm_{sm}: {len(found)} cubins, at most {max(one.registers for one in found)} registers")
