@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from fastpoem import signals
 from fastpoem.config import OTHER_NAMES
-from fastpoem.errors import Ended, InputError, say
+from fastpoem.errors import Ended, InputError, rank, say
 from fastpoem.missing import missing
 
 Config = TypeVar("Config")
@@ -287,7 +287,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         code = 1
     except InputError as error:
         _leave_if_told()  # a compiler that Ctrl-C ended as well may look like the user's mistake
-        say(error)
+        if error.here or rank() == 0:
+            say(error)
         code = 2
     except ModuleNotFoundError as error:
         if (line := missing(error.name)) is None:

@@ -30,6 +30,7 @@ RANGES: tuple[tuple[str, float, float], ...] = (
     ("epochs", 1, MANY),
     ("max_steps", 1, MANY),
     ("batch_size", 1, 65536),
+    ("accumulate", 1, 65536),
     ("max_length", 2, 65535),
     ("buckets", 1, 255),
     ("val_poems", 0, MANY),
@@ -108,7 +109,9 @@ class TrainConfig:
     max_steps: int | None = None
     """Stop after so many optimizer steps."""
     batch_size: int = 16
-    """Poems a step."""
+    """Poems a step, whatever the number of processes that torchrun starts."""
+    accumulate: int = 1
+    """Micro-batches of a step in each process: less memory, the same step."""
     max_length: int | None = None
     """Tokens of a poem, [CLS] and [SEP] included; what is longer is cut. None: 512, or the model's positions if they are fewer."""
     batching: Literal["auto", "bucket", "pack", "pad"] = "auto"
@@ -255,7 +258,7 @@ EMBEDDED: dict[str, Any] = {
 GROUPS = {  # of --help: those that none of the others has are the run's
     "data": "data field line_break max_length convert clean whole dedup val_data val_poems",
     "model": "model from_scratch dropout grow_vocab vocab",
-    "optimisation": "recipe epochs max_steps batch_size batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
+    "optimisation": "recipe epochs max_steps batch_size accumulate batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
     "loss_on_padding seed best patience",
     "speed": "device precision compile graphs attention",
     "run": "",

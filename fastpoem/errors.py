@@ -4,6 +4,7 @@ Commands print it as one line on stderr and exit with code 2. `Ended` is their o
 its user, brought to an end. Everything else is a bug and keeps its traceback.
 """
 
+import os
 import sys
 
 
@@ -12,7 +13,10 @@ class Ended(RuntimeError):
 
 
 class InputError(Exception):
-    """`thing`: the file, flag or value as the user wrote it. `reason`: why it cannot be used. `mend`: what to do instead."""
+    """`thing`: the file, flag or value as the user wrote it. `reason`: why it cannot be used. `mend`: what to do instead. `here`: of the
+    processes that torchrun started this one alone may have met it, and says so even if it is not the first."""
+
+    here = False
 
     def __init__(self, thing: object, reason: str, mend: str) -> None:
         self.thing, self.reason, self.mend = str(thing), reason, mend
@@ -36,6 +40,13 @@ def brief(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most - 2]} …"
 
 
+def rank() -> int:
+    """The number that torchrun gave this process, 0 where it started none or one."""
+    number = os.environ.get("RANK", "")
+    return int(number) if number.isdecimal() and os.environ.get("WORLD_SIZE", "1") not in ("", "1") else 0
+
+
 def say(line: object) -> None:
     """A line of a command's own on stderr, at once."""
-    print(f"fastpoem: {line}", file=sys.stderr, flush=True)
+    which = f"process {rank()}: " if rank() else ""
+    print(f"fastpoem: {which}{line}", file=sys.stderr, flush=True)

@@ -23,6 +23,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, TypeVar
 
+from fastpoem.errors import rank
+
 MOMENT = 0.1  # seconds; nobody presses Ctrl-C twice within it
 AGAIN = "(again: stop now)"
 Result = TypeVar("Result")
@@ -123,7 +125,7 @@ def imported(*modules: str) -> None:
 
 def leave(number: int) -> NoReturn:
     """End the process then and there, whatever still runs in other threads, with the line and the code of a signal."""
-    if sys.stderr is not None:
+    if sys.stderr is not None and rank() == 0:
         with suppress(OSError):
             os.write(2, f"fastpoem: {Stopped(number)}\n".encode())
     os._exit(128 + number)

@@ -12,7 +12,7 @@ from fastpoem import signals
 from fastpoem.cli import parse, prog, read, run_command
 from fastpoem.config import GROUPS, TrainConfig, with_defaults
 from fastpoem.config_file import with_file
-from fastpoem.errors import InputError
+from fastpoem.errors import InputError, rank
 
 SLOW = ("rich.progress", "numpy", "torch", "tokenizers", "fastpoem.doctor.trust", "fastpoem.run.fit")
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.imported("fastpoem.run.console")
     from fastpoem.run.console import Voice
 
-    voice = Voice(config.quiet, config.lang)
+    voice = Voice(config.quiet or rank() > 0, config.lang)  # of several processes the first speaks
     # It takes seconds, for which --help or a wrong flag should not wait. In a pipe nothing is said before it is known what goes wrong.
     with voice.phase("loading PyTorch") if voice.live else nullcontext():
         signals.imported(*SLOW)

@@ -2,11 +2,14 @@
 
 That is 2 KB for 16 poems, however they are batched; everything else (widening, shifting, masking, packing) is tensor arithmetic that
 `fastpoem.engine.batch` does on the device. A corpus that fits stays there whole, and a step then sends only the places.
+
+A step may be done in parts, one after another or by several processes: shares of its poems in their order, as equal as can be. All have the
+sizes of the largest, and the longest poem of the step, so that a poem is computed in the same way in any part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -39,13 +42,23 @@ class Shape(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """`source` (n,) int16 or int32 holds ids without sign (None: the resident corpus); `where` (B, 2) int64 the place there and the
-    length of each poem. `tokens`: the targets, one less than its length a poem."""
+    """A step's poems, or those of one of its parts: `source` (n,) int16 or int32 holds ids without sign (None: the resident corpus);
+    `where` (B, 2) int64 the place there and the length of each poem, 0 where a part has fewer than others. `tokens`: the targets, one less
+    than its length a poem."""
 
     source: Tensor | None
     where: Tensor
     shape: Shape
     tokens: int
+    first: int = 0  # the first poem's number in its step
+    step: tuple[int, int] | None = None  # targets and poems of the whole step; None: these are they
+
+    def share(self, pad_targets: bool) -> float:
+        """What part of the step's targets these have. pad_targets: padding counts."""
+        if self.step is None:
+            return 1.0
+        targets, poems = self.step
+        return int((self.where[:, 1] > 0).sum()) / poems if pad_targets else self.tokens / max(1, targets)
 
 
 @dataclass
@@ -70,35 +83,60 @@ class Feed:
     def _signed(self, ids: np.ndarray) -> np.ndarray:
         return (ids if self.table is None else self.table.take(ids)).view(f"<i{self.store.dtype.itemsize}")
 
-    def __call__(self, step: Step) -> Rows:
-        store, poems = self.store, len(step.bucket)
-        where = np.empty((poems, 2), np.int64)
+    def __call__(self, step: Step, part: int = 0, parts: int = 1) -> Rows:
+        """The poems of a step, or of part number `part` of `parts`."""
+        store, lengths = self.store, self._lengths(step.bucket, step.index)
+        here = share(len(lengths), part, parts)
+        poems, mine = size_of_share(len(lengths), parts), here.stop - here.start
+        where = np.zeros((poems, 2), np.int64)
         where[:, 0] = np.arange(poems) * step.length
+        where[:mine, 1] = lengths[here]
+        buckets, index = step.bucket[here], step.index[here]
         ids = np.zeros((poems, step.length), store.dtype) if self._starts is None else None
-        for bucket in set(step.bucket.tolist()):
-            here = np.flatnonzero(step.bucket == bucket)
-            source, rows = store.buckets[bucket], step.index[here]
-            where[here, 1] = source.lengths[rows]
+        for bucket in set(buckets.tolist()):
+            those = np.flatnonzero(buckets == bucket)
+            source, rows = store.buckets[bucket], index[those]
             if ids is not None:
-                ids[here, : source.length] = source.tokens[rows]
+                ids[those, : source.length] = source.tokens[rows]
             elif self._starts is not None:
-                where[here, 0] = self._starts[bucket] + rows * source.length
-        longest, tokens = int(where[:, 1].max()), int(where[:, 1].sum()) - poems
+                where[those, 0] = self._starts[bucket] + rows * source.length
+        longest, tokens = int(lengths.max()), int(lengths[here].sum()) - mine
         shape = Shape(poems, step.length if self.rounded and self.batching == "bucket" else longest)
         if self.batching == "pack":
-            shape = Shape(poems, longest, tokens)
+            shape = Shape(poems, longest, max(1, tokens))  # 0 would mean that nothing is packed
             shape = shape.rounded() if self.rounded else shape
         sent = None if ids is None else torch.from_numpy(self._signed(ids).ravel())
-        return Rows(sent, torch.from_numpy(where), shape, tokens)
+        whole = None if parts == 1 else (int(lengths.sum()) - len(lengths), len(lengths))
+        return Rows(sent, torch.from_numpy(where), shape, tokens, here.start, whole)
 
-    def packed_shapes(self, bucket: np.ndarray, index: np.ndarray, poems: int) -> list[Shape]:
-        """The different rounded shapes of batches of `poems` poems each: (n,) int64 bucket and row of one after the other."""
+    def _lengths(self, bucket: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """(n,) int64 of the poems at these rows of these buckets, both (n,) int64."""
         lengths = np.empty(len(bucket), np.int64)
         for one in np.unique(bucket).tolist():
             lengths[bucket == one] = self.store.buckets[one].lengths[index[bucket == one]]
-        batches = lengths.reshape(-1, poems)
-        longest, tokens = batches.max(1).tolist(), (batches.sum(1) - poems).tolist()
-        return list(dict.fromkeys(Shape(poems, *size).rounded() for size in zip(longest, tokens, strict=True)))
+        return lengths
+
+    def packed_shapes(
+        self, bucket: np.ndarray, index: np.ndarray, batch: int, mine: Iterable[int] = (0,), parts: int = 1
+    ) -> list[Shape]:
+        """The different rounded shapes of steps of `batch` poems, of the parts `mine` of each: (n,) int64 bucket and row of one poem after the
+        other."""
+        batches, poems = self._lengths(bucket, index).reshape(-1, batch), size_of_share(batch, parts)
+        sizes: dict[tuple[int, int], None] = {}
+        for here in (share(batch, part, parts) for part in mine):
+            tokens = batches[:, here].sum(1) - (here.stop - here.start)
+            sizes |= dict.fromkeys(zip(batches.max(1).tolist(), tokens.tolist(), strict=True))
+        return list(dict.fromkeys(Shape(poems, *size).rounded() for size in sizes))
+
+
+def share(poems: int, part: int, parts: int) -> slice:
+    """Which of a step's poems are in one of its parts: at least one where there are as many poems as parts."""
+    return slice(part * poems // parts, (part + 1) * poems // parts)
+
+
+def size_of_share(poems: int, parts: int) -> int:
+    """Poems of the largest part."""
+    return -(-poems // parts)
 
 
 def validation_steps(store: TokenStore, rows: np.ndarray, batch: int) -> Iterator[Step]:

@@ -31,7 +31,8 @@ class Batch(NamedTuple):
 
 
 def assemble(source: Tensor, where: Tensor, shape: Shape, pad_id: int, pad_targets: bool = False) -> Batch:
-    """source (n,) int16 or int32, where (B, 2) int64 of start and length, as in `fastpoem.corpus.feed.Rows`, all on one device."""
+    """source (n,) int16 or int32, where (B, 2) int64 of start and length, as in `fastpoem.corpus.feed.Rows`, all on one device. A length of 0
+    is no poem, and has no target."""
     starts, lengths = where.unbind(1)  # (B,)
     if shape.packed:
         return _pack(source, starts, lengths, shape, pad_id)
@@ -39,11 +40,11 @@ def assemble(source: Tensor, where: Tensor, shape: Shape, pad_id: int, pad_targe
     real = place < lengths[:, None]  # (B, L)
     ids = torch.where(real, _read(source, starts[:, None] + place), pad_id)  # (B, L)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()  # (B, T)
-    return Batch(inputs, targets if pad_targets else targets.where(real[:, 1:], IGNORE), None)
+    return Batch(inputs, targets.where(lengths[:, None] > 0 if pad_targets else real[:, 1:], IGNORE), None)
 
 
 def _pack(source: Tensor, starts: Tensor, lengths: Tensor, shape: Shape, pad_id: int) -> Batch:
-    poems, sizes = len(starts), lengths - 1  # inputs of each poem
+    poems, sizes = len(starts), (lengths - 1).clamp_(min=0)  # inputs of each poem
     ends = sizes.cumsum(0)
     begins = ends - sizes
     token = torch.arange(shape.packed, device=starts.device)  # (N,)

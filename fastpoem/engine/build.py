@@ -10,12 +10,13 @@ import torch
 from fastpoem_kernels import native
 
 from fastpoem.config import TrainConfig
-from fastpoem.corpus.feed import Feed, Shape
+from fastpoem.corpus.feed import Feed, Shape, size_of_share
 from fastpoem.engine.compile import combines, compiled_pieces, forms, one_of_each_form, why_not_compile
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep, home
+from fastpoem.engine.world import World
 from fastpoem.errors import InputError, first_line
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.signals import ask
@@ -43,10 +44,13 @@ def build_step(
     shapes: Sequence[Shape],
     say: Callable[[str], None],
     trusted: Trusted,
+    world: World | None = None,
 ) -> TrainStep:
-    """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. Raises InputError for what
-    `config` insists on and this machine has not."""
-    device, store = optimizer.master.device, feed.store
+    """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. world: the processes that train
+    together; None: this one alone. Raises InputError for what `config` insists on and this machine has not."""
+    device, store, world = optimizer.master.device, feed.store, world or World()
+    parts = world.size * config.accumulate
+    poems = size_of_share(config.batch_size, parts)
     compiles = _compiles(config, device, say) and trusted.compile
     if config.graphs == "on" and device.type != "cuda":
         raise InputError("--graphs on", f"CUDA graphs run on CUDA devices, not on {device}", "use --graphs auto")
@@ -54,9 +58,11 @@ def build_step(
         source = feed.corpus().to(device)
     else:
         kind = torch.int16 if store.dtype.itemsize == 2 else torch.int32
-        source = torch.zeros(config.batch_size * store.buckets[-1].length, dtype=kind, device=home(device))
+        source = torch.zeros(poems * store.buckets[-1].length, dtype=kind, device=home(device))
     plain = Pieces.plain(model, device)
-    settings: dict[str, Any] = dict(poems=config.batch_size, pad_id=pad_id, pad_targets=config.loss_on_padding)
+    settings: dict[str, Any] = dict(poems=poems, pad_id=pad_id, pad_targets=config.loss_on_padding)
+    if parts > 1:
+        settings |= dict(reduce=world.reduce, accumulate=config.accumulate)
     step = TrainStep(plain, optimizer, source, **settings)
     if compiles:
         _compile(step, model, shapes, config.compile == "on", trusted.combined and combines(), say)
@@ -69,7 +75,7 @@ def build_step(
         if graphs.broken and config.graphs == "on":
             raise InputError("--graphs on", "the step could not be recorded here", "use --graphs auto")
         if graphs.recorded:
-            step.launch = graphs
+            step.launch, step.launch_update = graphs, graphs.update
             took = time.perf_counter() - begin
             say(
                 f"{len(graphs.recorded)} lengths recorded as CUDA graphs in {took:.1f} s, {graphs.bytes / 2**20:,.0f} MiB"

@@ -29,13 +29,15 @@ MOST = 256  # recordings: each takes seconds to make and memory to keep, and pay
 
 
 class Graphs:
-    """Stands in for `step.work` as `step.launch`. Records a shape when it is first seen, best by `record` before training begins."""
+    """Stands in for `step.work` as `step.launch`, or of a divided step for `micro`, and as `update` for that. Records a shape when it is first
+    seen, best by `record` before training begins. No sum over processes is recorded, so what one of them records binds no other."""
 
     def __init__(self, step: TrainStep, say: Callable[[str], None]) -> None:
         # Weakly, because the step has us: what both hold of the card goes with the step's last name, not when garbage is collected.
         self.step: TrainStep = weakref.proxy(step)  # type: ignore[assignment]
         self.say = say
         self.recorded: dict[Shape, Callable[[], None]] = {}
+        self._update: Callable[[], None] | None = None  # of a divided step
         self.broken = False  # a recording failed: no other is tried, and a shape without one is run plainly
         self._failed: Any = None  # its graph
         self.full = False  # there are as many as there may be
@@ -48,9 +50,12 @@ class Graphs:
     def record(self, shapes: Iterable[Shape]) -> None:
         """The largest first, so that the others find the memory they need in the pool."""
         with nothing_collected():
-            for shape in sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True):
+            largest_first = sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True)
+            for shape in largest_first:
                 ask()
                 self._record(shape)
+            if self.step.sums is not None and largest_first:
+                self._record(largest_first[0], update=True)
 
     def __call__(self, shape: Shape) -> None:
         if shape not in self.recorded and not (self.broken or self.full):
@@ -58,24 +63,28 @@ class Graphs:
                 self._record(shape)
         run = self.recorded.get(shape)
         if run is None:
-            self.step.work(shape)
+            _part(self.step, shape)
         else:
             run()
 
-    def _record(self, shape: Shape) -> None:
+    def update(self) -> None:
+        (self._update or self.step.update)()
+
+    def _record(self, shape: Shape, update: bool = False) -> None:
+        """A step of this shape, or of a divided one its share; `update`: what a divided step ends with."""
         if self.broken or self.full:
             return
-        if len(self.recorded) >= MOST:
+        step, what = self.step, partial(_part, self.step, None if update else shape)
+        if len(self.recorded) >= MOST and not update:
             self.full = True
             self.say(
                 f"{MOST} sizes of a step are recorded as CUDA graphs: those of other sizes are launched kernel by kernel"
             )
             return
         if self._pool is None:
-            self.recorded[shape] = partial(again, self.step, shape)
+            self._keep(partial(again, step, what), shape, update)
             return
-        begin, step = time.perf_counter(), self.step
-        device = step.device
+        begin, device = time.perf_counter(), step.device
         torch.cuda.empty_cache()  # or what was cached before would count as given back
         free = torch.cuda.mem_get_info(device)[0]
         graph, begun = torch.cuda.CUDAGraph(), False
@@ -84,12 +93,12 @@ class Graphs:
             with step.rehearsal(shape), torch.cuda.stream(torch.cuda.current_stream(device)):
                 self._aside.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(self._aside):  # what is set up lazily may not be set up while recording
-                    step.work(shape)
+                    step.work(shape)  # of a divided one both parts
                 torch.cuda.current_stream(device).wait_stream(self._aside)
                 # thread_local: a checkpoint may be on its way to the disk in another thread
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._aside, capture_error_mode="thread_local"):
                     begun = True
-                    step.work(shape)
+                    what()
         except Exception as error:  # what is wrong with the step itself will be raised by the plain one
             self.broken = True
             reason = first_line(_first_cause(error))
@@ -105,7 +114,7 @@ class Graphs:
                     f"the step could not be recorded as a CUDA graph ({reason}): its kernels are launched one by one"
                 )
         else:
-            self.recorded[shape] = graph.replay
+            self._keep(graph.replay, shape, update)
             self.bytes += free - torch.cuda.mem_get_info(device)[0]
         if self.broken:
             if begun:
@@ -114,12 +123,28 @@ class Graphs:
             torch.cuda.empty_cache()
         step.setup_seconds += time.perf_counter() - begin
 
+    def _keep(self, run: Callable[[], None], shape: Shape, update: bool) -> None:
+        if update:
+            self._update = run
+        else:
+            self.recorded[shape] = run
+
     def _end(self, graph: Any) -> None:
         """A capture that CUDA ended with an error is ended for PyTorch too. Its memory is given back: at once where nothing was recorded
         before, and else with the recordings, whose pool it is."""
         if self.recorded:
             self._failed = graph  # in their stream, whose workspaces would go with it: #193402
         end_failed(graph, self._pool, self.step.device)
+
+
+def _part(step: TrainStep, shape: Shape | None) -> None:
+    """The step of this shape, or of a divided one its share; None: the update that it ends with."""
+    if shape is None:
+        step.update()
+    elif step.sums is None:
+        step.work(shape)
+    else:
+        step.micro(shape)
 
 
 def end_failed(graph: Any, pool: Any, device: torch.device) -> None:
@@ -164,13 +189,15 @@ def nothing_collected() -> Iterator[None]:
         gc.enable()
 
 
-def again(step: TrainStep, shape: Shape) -> None:
-    """Run the step, then spoil what another may not rely on it to have left."""
-    step.work(shape)
-    step.message.fill_(-1)
+def again(step: TrainStep, what: Callable[[], None]) -> None:
+    """Run the step, or a part of it, then spoil what another may not rely on it to have left."""
+    what()
+    if step.sums is None:
+        step.message.fill_(-1)  # a divided step's update reads the learning rate
     step.source.fill_(-1)  # tests on a CPU have no resident corpus
     for _, gradient in step.optimizer.named(step.optimizer.grad):
-        gradient.fill_(torch.nan)
+        if not (step.sums is not None and step.sums.flat is step.optimizer.grad_and_tail):  # which the sum is taken of
+            gradient.fill_(torch.nan)
     step.optimizer.lr.fill_(torch.nan)
     step.account.last.fill_(torch.nan)
 

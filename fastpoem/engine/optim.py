@@ -68,7 +68,9 @@ class FlatAdamW:
         sizes = [-(-shape.numel() // ALIGN) * ALIGN for shape in self.shapes.values()]
         self.offsets = dict(zip(self.shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
         self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(sizes), device=device) for _ in range(3))
-        self.grad = torch.zeros(sum(sizes), device=device, dtype=dtype)
+        # With room behind it for what is summed over processes together with the gradient.
+        self.grad_and_tail = torch.zeros(sum(sizes) + ALIGN, device=device, dtype=dtype)
+        self.grad = self.grad_and_tail[:-ALIGN]
         self.applied, self.lr = torch.zeros((), device=device), torch.zeros((), device=device)
         self.max_norm = torch.full((), max_norm, dtype=torch.float32, device=device)
         self.scale = LossScale.first(device) if dtype == torch.float16 else None
@@ -96,12 +98,12 @@ class FlatAdamW:
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.view(flat, name)) for name in self.shapes)
 
-    def step(self, loss: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Clip and update from `grad` at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool, excused):
+    def step(self, loss: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clip and update from `gradient` (P,), None: `grad`, at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool, excused):
         a step whose norm or `loss` is not finite is skipped and changes nothing. excused: as `LossScale.update`, with float16."""
         norm, skipped = self.kernels.clipped_adamw_(
             self.master,
-            self.grad,
+            self.grad if gradient is None else gradient,
             self.exp_avg,
             self.exp_avg_sq,
             step=self.applied,

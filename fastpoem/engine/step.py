@@ -3,13 +3,18 @@
 Batch, forward, loss with its gradient, backward, gradient norm, clip, AdamW, and the account of what happened, which the loop reads only
 when it has something to say. The host's part is `send`: one small message with the poems' places and the learning rate. Because `work`
 reads and writes the same memory every time, it can be captured once a shape and replayed (`fastpoem.engine.graphs`).
+
+A step that is divided (among processes, into micro-batches, or both) has three parts instead, of which the first and the last are captured:
+`micro` for each share of the poems, forward and backward, whose gradients and losses are added up; `reduce`, one sum over the processes;
+`update`, once for all shapes. Each share's gradient is weighted by its part of the step's targets, which the host knows, so the numbers are
+those of the whole batch, but for the order of sums.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +23,8 @@ from torch import Tensor
 from fastpoem.corpus.feed import Rows, Shape
 from fastpoem.engine.batch import IGNORE, assemble
 from fastpoem.engine.kernels import OURS, Kernels
-from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.optim import ALIGN, FlatAdamW
+from fastpoem.model.dropout import Masks
 
 GIVE_UP = 5  # steps in a row whose loss or gradient is not finite, those excused left out
 HOST = torch.device("cpu")
@@ -102,24 +108,42 @@ def account(
 
 
 class Pieces(NamedTuple):
-    """The parts of the step that torch.compile may have remade. autograd: `model`'s gradients come by autograd, not by fastpoem.model.ops."""
+    """The parts of the step that torch.compile may have remade. autograd: `model`'s gradients come by autograd, not by fastpoem.model.ops.
+    masks: it takes what a step drops by (`Masks`); otherwise that is PyTorch's generator."""
 
     model: Callable[..., Tensor]
     assemble: Callable[..., Any] = assemble
     account: Callable[..., Any] = account
     autograd: bool = False
+    masks: bool = False
 
     @classmethod
     def plain(cls, model: torch.nn.Module, device: torch.device) -> Pieces:
         """Nothing compiled. What `home` leaves out runs on PyTorch's own operators, and on those that everybody uses there."""
-        return cls(model, autograd=home(device) != device)
+        return cls(model, autograd=home(device) != device, masks=device.type == "cpu")
+
+
+class Sums(NamedTuple):
+    """What is added up over the shares of a divided step: views of one flat tensor, so that processes need one sum for all of it."""
+
+    flat: Tensor  # (P + ALIGN,) float32
+    gradient: Tensor  # (P,)
+    loss: Tensor  # 0-D: over the valid targets
+    counts: Tensor  # (3,): valid, correct, counted; exact up to 2^24 tokens a step
+    told: Tensor  # (5,): what a process tells all others (fastpoem.engine.world)
+
+    @classmethod
+    def of(cls, flat: Tensor) -> Sums:
+        tail = flat[-ALIGN:]
+        return cls(flat, flat[:-ALIGN], tail[0], tail[1:4], tail[4:9])
 
 
 class TrainStep:
     """`step(rows, lr)` trains on one batch of `poems` poems.
 
     source: the resident corpus, or the buffer that a step's ids are sent to, at the device's `home`. pad_targets: padding counts in the loss, and
-    never in the accuracy.
+    never in the accuracy. reduce: what is done with the sums of a divided step, between its micro-batches and its update, and raises what these
+    raised; None: the step is done at once, and `poems` are all there are of it. accumulate: micro-batches of a divided step in this process.
     """
 
     def __init__(
@@ -131,20 +155,46 @@ class TrainStep:
         poems: int,
         pad_id: int,
         pad_targets: bool = False,
+        reduce: Callable[[Sums, Exception | None], None] | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.pieces, self.optimizer, self.source = pieces, optimizer, source
         self.pad_id, self.pad_targets, self.device = pad_id, pad_targets, optimizer.master.device
-        # (B + 1, 2) int64: each poem's place and length, and in the last row the learning rate's bits as a float64
+        # (B + 1, 2) int64: each poem's place and length, and in the last row as float64 the learning rate and the poems' share of the targets
         self.home = home(self.device)
         self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.home)
+        self.masks = Masks(0, 0)  # what is dropped, where `pieces.masks`
         self.account = Account.empty(self.device)
-        self.launch: Callable[[Shape], None] | None = None  # in place of `work`
+        self.reduce = reduce
+        in_place = accumulate == 1 and optimizer.grad.dtype == torch.float32
+        flat = optimizer.grad_and_tail if in_place else torch.zeros(len(optimizer.master) + ALIGN, device=self.device)
+        self.sums = None if reduce is None else Sums.of(flat)
+        self.launch: Callable[[Shape], None] | None = None  # in place of `work`, or of `micro` where it is divided
+        self.launch_update: Callable[[], None] | None = None
         self.forms: Callable[[], int] = lambda: 0  # compiled so far
         self.setup_seconds = 0.0  # of compiling and recording, which is not training
 
-    def __call__(self, rows: Rows, lr: float) -> None:
-        self.send(rows, lr)
-        (self.launch or self.work)(rows.shape)
+    def __call__(self, rows: Rows, lr: float, key: int | None = None) -> None:
+        """A step on these poems. key: stands for seed and step, 64 bits; None: drawn from PyTorch's generator."""
+        self.parts([rows], lr, key)
+
+    def parts(self, parts: Sequence[Rows], lr: float, key: int | None = None) -> None:
+        """A step on these shares of its poems, one after the other."""
+        if key is None and self.pieces.masks:
+            key = int(torch.empty(1, dtype=torch.int64).random_(-(2**63), None))
+        error: Exception | None = None
+        try:
+            for rows in parts:
+                self.masks = Masks(key or 0, rows.first)
+                self.send(rows, lr)
+                (self.launch or (self.work if self.reduce is None else self.micro))(rows.shape)
+        except Exception as found:
+            if self.reduce is None:
+                raise
+            error = found  # the other processes are to hear of it
+        if self.reduce is not None and self.sums is not None:
+            self.reduce(self.sums, error)
+            (self.launch_update or self.update)()
 
     def send(self, rows: Rows, lr: float) -> None:
         """Copy a step's poems and its learning rate, which are the host's, into the static tensors. Raises ValueError for what does not
@@ -156,7 +206,7 @@ class TrainStep:
             )
         message = torch.empty(self.message.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
         message[:-1] = where
-        message.view(torch.float64)[-1] = lr
+        message.view(torch.float64)[-1] = torch.tensor([lr, rows.share(self.pad_targets)], dtype=torch.float64)
         self.message.copy_(message, non_blocking=True)
         if source is not None:
             if (source.ndim, source.dtype, source.device) != (1, self.source.dtype, HOST) or len(source) > len(
@@ -169,23 +219,63 @@ class TrainStep:
             self.source[: len(source)].copy_(source, non_blocking=True)
 
     def work(self, shape: Shape) -> None:
-        """One step on what was sent, which is of this shape."""
+        """One step on what was sent, which is of this shape. Of a divided one: all that this process does."""
+        if self.sums is not None:
+            self.micro(shape)
+            self.update()
+            return
+        out = self._backward(shape, None if self.optimizer.scale is None else self.optimizer.scale.value)
+        self._learn(out.loss.detach(), out.valid, out.correct, out.counted)
+
+    def micro(self, shape: Shape) -> None:
+        """Forward and backward of a share of a divided step, added to its sums."""
+        assert self.sums is not None
+        scale = self.message.view(torch.float64)[-1, 1].float().to(self.device)
+        out = self._backward(shape, scale if self.optimizer.scale is None else scale * self.optimizer.scale.value)
+        if not self._is_summed_in_place:
+            self.sums.gradient.add_(self.optimizer.grad)
+        self.sums.loss.add_(out.loss.detach() * out.valid)
+        self.sums.counts.add_(torch.stack([out.valid, out.correct, out.counted]))
+
+    def update(self) -> None:
+        """Learn from the sums of a divided step, which begin anew."""
+        assert self.sums is not None
+        valid, correct, counted = self.sums.counts.long().unbind()
+        self._learn(self.sums.loss / self.sums.counts[0].clamp(min=1), valid, correct, counted, self.sums.gradient)
+        self._begin_sums()
+
+    def _begin_sums(self) -> None:
+        if self.sums is not None:
+            (self.sums.flat[-ALIGN:] if self._is_summed_in_place else self.sums.flat).zero_()
+
+    @property
+    def _is_summed_in_place(self) -> bool:
+        """Is the gradient of a share of a divided step, the only one here, where the sums want it?"""
+        return self.sums is not None and self.sums.flat is self.optimizer.grad_and_tail
+
+    def _backward(self, shape: Shape, scale: Tensor | None) -> Any:
+        """The gradient of what was sent, times `scale` (0-D float32), in `optimizer.grad`. Returns `CrossEntropy`."""
         optimizer, pieces = self.optimizer, self.pieces
-        lr, away = self.message.view(torch.float64)[-1, 0], self.home != self.device
-        optimizer.lr.copy_(lr.float() if away else lr)
         batch = pieces.assemble(self.source, self.message[:-1], shape, self.pad_id, self.pad_targets)
-        batch = batch.to(self.device) if away else batch
-        logits = pieces.model(batch.inputs, batch.packing)  # (B * T, V)
+        batch = batch if self.home == self.device else batch.to(self.device)
+        masks = {"masks": self.masks} if pieces.masks else {}
+        logits = pieces.model(batch.inputs, batch.packing, **masks)  # (B * T, V)
         uncounted = self.pad_id if self.pad_targets else None
-        scale = None if optimizer.scale is None else optimizer.scale.value
         out = optimizer.kernels.cross_entropy(logits, batch.targets.flatten(), IGNORE, uncounted, scale)
         out.loss.backward()
         if pieces.autograd:
             optimizer.collect()
-        loss = out.loss.detach()
-        norm, skipped, excused = optimizer.step(loss)
-        told = (loss, norm, skipped, out.valid, out.correct, out.counted)
-        pieces.account(self.account, *([x.to(self.home) for x in told] if away else told), excused)
+        return out
+
+    def _learn(
+        self, loss: Tensor, valid: Tensor, correct: Tensor, counted: Tensor, gradient: Tensor | None = None
+    ) -> None:
+        """Update from `gradient` (P,), None: the optimizer's own, and note what happened."""
+        lr, away = self.message.view(torch.float64)[-1, 0], self.home != self.device
+        self.optimizer.lr.copy_(lr.float() if away else lr)
+        norm, skipped, excused = self.optimizer.step(loss, gradient)
+        told = (loss, norm, skipped, valid, correct, counted)
+        self.pieces.account(self.account, *([x.to(self.home) for x in told] if away else told), excused)
 
     @contextlib.contextmanager
     def rehearsal(self, shape: Shape) -> Iterator[None]:
@@ -204,6 +294,7 @@ class TrainStep:
             yield
         finally:
             self.optimizer.module.zero_grad()  # what fails before `collect` must not be added to later
+            self._begin_sums()
             set_rng_state(state, self.device)
             for tensor, old in zip(put_back, kept, strict=True):
                 tensor.copy_(old)
@@ -240,19 +331,34 @@ def read_totals(sums: Tensor) -> Totals:
 
 @torch.no_grad()
 def evaluate(
-    model: torch.nn.Module, batches: Iterable[Rows], device: torch.device, pad_id: int, kernels: Kernels = OURS
+    model: torch.nn.Module,
+    batches: Iterable[Rows],
+    device: torch.device,
+    pad_id: int,
+    kernels: Kernels = OURS,
+    rank: int = 0,
+    size: int = 1,
+    add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Totals:
-    """Loss and accuracy over `batches` with dropout off; the random state is left as it was."""
+    """Loss and accuracy over `batches` with dropout off; the random state is left as it was. Of `size` processes this one, number `rank`,
+    takes each size-th batch, and `add_up` sums over them; the numbers do not depend on how many they are."""
     was_training = model.training
     model.eval()
     at = home(device)
-    sums = torch.zeros(5, dtype=torch.float64, device=at)
-    for rows in batches:
+    every = [
+        torch.zeros(4, dtype=torch.float64, device=at)
+    ]  # of each batch (4,): loss over valid targets, and the counts
+    for number, rows in enumerate(batches):
+        every.append(torch.zeros_like(every[0]))
+        if number % size != rank:
+            continue
         assert rows.source is not None
         batch = assemble(rows.source.to(at), rows.where.to(at), rows.shape, pad_id).to(device)
         out = kernels.cross_entropy(model(batch.inputs, batch.packing), batch.targets.flatten(), IGNORE)
         loss, valid, correct, counted = (x.to(at) for x in (out.loss, out.valid, out.correct, out.counted))
-        sums[0] += loss.double() * valid
-        sums[1:4] += torch.stack([valid, correct, counted])
+        every[-1].copy_(torch.stack([loss.double() * valid, valid, correct, counted]))
     model.train(was_training)
+    sums = torch.zeros(5, dtype=torch.float64, device=at)
+    for one in add_up(torch.stack(every)):  # one after the other, whoever did them
+        sums[:4] += one
     return read_totals(sums)

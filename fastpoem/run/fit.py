@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastpoem.config import RATE_BY_WIDTH, TrainConfig
-from fastpoem.corpus.feed import Feed, Shape
-from fastpoem.corpus.plan import BucketOrder, Order, TextOrder
+from fastpoem.corpus.feed import Feed, Shape, size_of_share
+from fastpoem.corpus.plan import BucketOrder, Order, TextOrder, key_of
 from fastpoem.corpus.store import TokenStore
 from fastpoem.corpus.tokenizer_files import for_prompts, never_ids
 from fastpoem.corpus.vocabulary import numbering
@@ -28,6 +28,7 @@ from fastpoem.engine.compile import keep_caches_in
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_device, choose_dtype
+from fastpoem.engine.world import World
 from fastpoem.errors import InputError
 from fastpoem.model import hub
 from fastpoem.model.attention import Varlen
@@ -39,7 +40,7 @@ from fastpoem.run import best, checkpoint, folder
 from fastpoem.run.card import model_card
 from fastpoem.run.console import Voice
 from fastpoem.run.given import Given, order_of, take
-from fastpoem.run.loop import Loop, NotSaved, check_state
+from fastpoem.run.loop import DROPOUT, Loop, NotSaved, check_state
 from fastpoem.run.opened import Run
 from fastpoem.run.samples import Samples, Writer
 from fastpoem.run.summary import after, before
@@ -61,16 +62,29 @@ def fit(
     disk does not take the result. generate: the command that writes poems, as it is called here; None: Python calls. on_row: gets a copy of
     each row of metrics.jsonl; what it raises is raised after a checkpoint."""
     about: str | None = None
-    with assembled(config, voice or Voice(config.quiet, config.lang)) as (loop, export), StopRequest() as stop:
+    world = World.of_environment()
+    if not world.is_first:
+        with (
+            tempfile.TemporaryDirectory(prefix="fastpoem-") as scratch,
+            assembled(config, Voice(quiet=True), Path(scratch), world) as (loop, _),
+            StopRequest() as stop,
+        ):
+            return Run(loop.folder, [], loop.run(stop))
+    with (
+        assembled(config, voice or Voice(config.quiet, config.lang), world=world) as (loop, export),
+        StopRequest() as stop,
+    ):
         loop.on_row = on_row
         try:
-            loop.run(stop)
+            stopped = loop.run(stop)
         except NotSaved:
-            if stop.signal is None:  # trained to the end: the model is smaller than a checkpoint, and may still fit
+            if (
+                loop.stopped_by(stop) is None
+            ):  # trained to the end: the model is smaller than a checkpoint, and may still fit
                 with contextlib.suppress(OSError):
                     export(loop.folder / "model")
             raise
-        if stop.signal is None:
+        if stopped is None:
             with loop.voice.phase("reading the best checkpoint"):
                 about, weights = best.choose(loop.folder, loop.best, loop.done, wanted=config.best)
             try:
@@ -81,7 +95,7 @@ def fit(
                 raise NotSaved(
                     f"{reason}; the last checkpoint is complete: make room, then --resume writes it"
                 ) from error
-    run = Run(loop.folder, loop.metrics.rows, stop.signal)
+    run = Run(loop.folder, loop.metrics.rows, stopped)
     if run.stopped_by is None:
         loop.voice.table(after(loop, generate))
         if about is not None:
@@ -97,18 +111,40 @@ def fit(
 
 @contextlib.contextmanager
 def assembled(
-    config: TrainConfig, voice: Voice, scratch: Path | None = None
+    config: TrainConfig, voice: Voice, scratch: Path | None = None, world: World | None = None
 ) -> Iterator[tuple[Loop, Callable[..., None]]]:
     """The loop of a run, ready to go and holding its folder, and what writes the trained model into a folder: the loop's weights, or the
-    best ones. scratch: a folder for all that would be written; None: the run's own."""
-    if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-        raise InputError("torchrun", "training on several devices is not supported yet", "start one process")
+    best ones. scratch: a folder for all that would be written; None: the run's own. world: the processes that train together, of which the
+    first has the run's folder; None: this one alone."""
+    world = world or World()
     keep_caches_in(config.cache_dir)
-    device = choose_device(config.device, voice.say)
+    device = _choose_device(config, world, voice)
     if device.type == "cpu":
         keep_freed_memory()
+    parts = world.size * config.accumulate
+    if parts > config.batch_size:
+        reason = f"fewer poems than the {parts} parts of a step ({world.size} processes, {config.accumulate} micro-batches each)"
+        raise InputError(f"--batch-size {config.batch_size}", reason, "raise it, or start fewer processes")
+    world.join(device)
+    try:
+        yield from _assembled(config, voice, scratch, world, device)
+        world.meet()
+    except BaseException as error:
+        if isinstance(error, InputError):
+            error.here = True
+        world.fail()
+        raise
+    finally:
+        world.leave()
+
+
+def _assembled(
+    config: TrainConfig, voice: Voice, scratch: Path | None, world: World, device: torch.device
+) -> Iterator[tuple[Loop, Callable[..., None]]]:
     check_installed(config.trackers)
-    chosen = folder.choose(config)
+    if world.restarts and config.out is not None:  # torchrun --max-restarts
+        config = dataclasses.replace(config, resume=True)
+    chosen = folder.choose(config) if world.is_first else Path()
     out = chosen if scratch is None else scratch / "run"
     if "tensorboard" in config.trackers and str(chosen).encode("utf-8", "replace").decode() != str(chosen):
         raise InputError(
@@ -118,7 +154,8 @@ def assembled(
         config = dataclasses.replace(config, log_to=(), tensorboard=False)
 
     ask()
-    given = take(config, voice, scratch)
+    with world.first():
+        given = take(config, voice, scratch if world.is_first else None)
     shape, tokenizer, store, ids = given.shape, given.tokenizer, given.store, given.ids
     if config.lr is None:
         config = dataclasses.replace(config, lr=RATE_BY_WIDTH / shape.n_embd)
@@ -134,15 +171,15 @@ def assembled(
         )
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     with voice.phase("measuring which precision is faster"):
-        dtype, why = _choose_precision(config, device, computed, store, out)
+        dtype, why = world.agreed(lambda: _choose_precision(config, device, computed, store, out))
     asked = config  # as config.json has it: auto stays auto there
     with voice.phase("choosing how to batch"):
-        config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice)
+        config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice, world)
     if not trusted.sdpa:
         plain_attention()
     order = order_of(config, store, given.held)
     ask()
-    goes_on = config.resume and bool(checkpoint.listed(out))
+    goes_on = not world.is_first or (config.resume and bool(checkpoint.listed(out)))  # others have the first's weights
     what = "making the model" if config.from_scratch or goes_on else "reading the weights of {0}"
     with voice.phase(what, given.model_folder):
         model = _model(config, given, varlen, goes_on=goes_on)
@@ -170,8 +207,9 @@ def assembled(
             table = None if ids is None else numbering(ids, store)
             feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
             pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
-            shapes = _shapes(order, feed)
-            step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted)
+            mine = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
+            shapes = _shapes(order, feed, mine, world.size * config.accumulate)
+            step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted, world)
             writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
         ask()  # from here on a run has begun, which stops with a checkpoint
         loop = Loop(
@@ -188,13 +226,21 @@ def assembled(
             beside,
             claim.hold,
             narrowed,
-            Samples(out, writer, claim.hold, voice.say),
+            world,
+            Samples(out, writer, claim.hold, voice.say) if world.is_first else None,
         )
         torch.manual_seed(config.seed)
         with voice.phase("reading the newest checkpoint"):
-            state = _resume(loop, asked) if config.resume else None
-        if state is None and goes_on:  # the model has no weights yet
+            state = world.agreed(lambda: _resume(loop, asked) if config.resume else None)
+        if state is None and goes_on and world.is_first:  # the model has no weights yet
             raise InputError(out, "its checkpoints vanished while this command began", "give it again")
+        with voice.phase("waiting for the other processes"):
+            world.meet()
+        for tensor in loop.train_state.each():
+            world.broadcast(tensor)
+        optimizer.reload()
+        if not world.is_first:  # where PyTorch's generator draws (not on a CPU), each has masks of its own
+            torch.manual_seed(key_of(config.seed, DROPOUT, loop.done, world.rank) >> 1)
         with folder.refused_by_the_disk(out):
             loop.begin(state)
             claim.config = folder.write_config(out, asked, identity, store, device, dtype)
@@ -274,7 +320,13 @@ def _choose_precision(
 
 
 def _choose_batching(
-    config: TrainConfig, device: torch.device, dtype: torch.dtype, shape: GPT2Config, out: Path, voice: Voice
+    config: TrainConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: GPT2Config,
+    out: Path,
+    voice: Voice,
+    world: World,
 ) -> tuple[TrainConfig, Trusted, Varlen | None, str]:
     """(the settings with what auto came to, what of the fast path is taken, variable-length attention for packed batches, a few words on
     the batches). A run that goes on keeps what it began with. Raises InputError for what `config` insists on and cannot be had."""
@@ -283,13 +335,18 @@ def _choose_batching(
             raise InputError("--attention flash", reason, "use --attention auto")
         insist_on_flash()
     head_width, auto = shape.n_embd // shape.n_head, config.batching == "auto"
-    before = checkpoint.setting(out, "batching", ("pack", "bucket", "pad")) if config.resume and auto else None
-    batching, why = choose_batching(config, device, dtype, head_width, before)
-    settled = dataclasses.replace(config, batching=batching)
-    undecided = auto and before is None and batching == "pack"  # a kernel that fails its check may still change it
-    trusted = decide(config if undecided else settled, device, dtype, shape.vocab_size, voice.say)
-    if undecided and not trusted.varlen:
-        batching, why = "bucket", "packed attention failed its check"
+
+    def choose() -> tuple[Any, Trusted, str]:
+        before = checkpoint.setting(out, "batching", ("pack", "bucket", "pad")) if config.resume and auto else None
+        batching, why = choose_batching(config, device, dtype, head_width, before)
+        settled = dataclasses.replace(config, batching=batching)
+        undecided = auto and before is None and batching == "pack"  # a kernel that fails its check may still change it
+        trusted = decide(config if undecided else settled, device, dtype, shape.vocab_size, voice.say)
+        if undecided and not trusted.varlen:
+            batching, why = "bucket", "packed attention failed its check"
+        return batching, trusted, why
+
+    batching, trusted, why = world.agreed(choose)
     config = dataclasses.replace(config, batching=batching)
     varlen = None
     if batching == "pack" and config.attention != "sdpa" and trusted.varlen:
@@ -299,15 +356,32 @@ def _choose_batching(
     return config, trusted, varlen, voice.words(WORDS[batching], voice.words(why))
 
 
-def _shapes(order: Order, feed: Feed) -> list[Shape]:
-    """The shapes of batches that are known before training: all of them in bucket order; of packed ones, where they are rounded to few, those
+def _choose_device(config: TrainConfig, world: World, voice: Voice) -> torch.device:
+    """Of several processes, each has the GPU of its local number. Raises InputError."""
+    if world.size == 1:
+        return choose_device(config.device, voice.say)
+    if config.device not in ("auto", "cpu", "cuda"):
+        mend = "use --device cuda, with CUDA_VISIBLE_DEVICES to choose cards, or --device cpu"
+        raise InputError(f"--device {config.device}", f"cannot be shared by {world.size} processes", mend)
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    try:
+        return choose_device(f"cuda:{world.local_rank}", voice.say)
+    except InputError as error:
+        error.here = True
+        raise
+
+
+def _shapes(order: Order, feed: Feed, mine: range, parts: int) -> list[Shape]:
+    """The shapes of batches that are known before training, or where these are divided of the parts `mine` of `parts`: all of them in bucket order; of packed ones, where they are rounded to few, those
     of the first epoch's beginning; otherwise the first step's and its like; of padded ones also the largest, in whose memory the
     recordings of all others fit."""
     if isinstance(order, BucketOrder):
-        return [Shape(order.batch, length) for length in order.lengths_used()]
-    first = feed(order(0, 0)).shape
+        return [Shape(size_of_share(order.batch, parts), length) for length in order.lengths_used()]
+    first = feed(order(0, 0), mine[0], parts).shape
     if first.packed and feed.rounded and isinstance(order, TextOrder):
-        return feed.packed_shapes(*order.poems_of(0, 0, min(order.steps, LOOKED_AT)), first.poems)
+        poems = order.poems_of(0, 0, min(order.steps, LOOKED_AT))
+        return feed.packed_shapes(*poems, order.batch, mine, parts)
     if first.packed:
         return [first]
     longest = int(feed.store.buckets[-1].lengths.max())

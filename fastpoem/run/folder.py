@@ -42,6 +42,7 @@ FREE_ON_RESUME = frozenset(
         "compile",
         "graphs",
         "attention",
+        "accumulate",
         "epochs",
         "max_steps",
         "log_every",

@@ -10,7 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from torch import nn
 from fastpoem import disk
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Rows
-from fastpoem.corpus.plan import Order
+from fastpoem.corpus.plan import Order, key_of
 from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate
+from fastpoem.engine.world import Told as Tells
+from fastpoem.engine.world import World
 from fastpoem.errors import Ended, InputError
 from fastpoem.model.vocabulary import Narrowed
 from fastpoem.run import best, checkpoint, tally
@@ -42,6 +44,7 @@ from fastpoem.signals import Stopped, StopRequest
 
 SAVE_SECONDS = 600.0  # between checkpoints, where --save-every does not say which steps have one
 WORTH_SAYING = 30.0  # seconds that a run takes, before it is said how long it will
+DROPOUT = -2  # what the key of a step's masks is made of, beside seed and step
 PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
 
 
@@ -70,6 +73,7 @@ class Loop:
     beside: Mapping[str, bytes]  # what lies beside the weights in a model folder
     hold: Callable[[], None]  # raises where the folder is another run's by now
     narrowed: Narrowed | None = None  # where not every id is trained
+    world: World = field(default_factory=World)  # the processes that train together
     samples: Samples | None = None  # poems on the way
     on_row: Callable[[dict[str, Any]], object] | None = None  # the caller's, which is given each row as it is written
     done: int = 0
@@ -87,7 +91,8 @@ class Loop:
             self.tally.restore(state)
             self.best = Best.of(state)
             self._saved_at = (self.done, self._epoch_due)
-            keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
+            if self.world.is_first:  # the others' rows go into a folder of their own, and with it
+                keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
         self.metrics = Metrics(self.folder, done=self.done, keep=keep, say=self.voice.say, hold=self.hold)
         named, settings = self.config.trackers, dataclasses.asdict(self.config)
         try:
@@ -144,8 +149,14 @@ class Loop:
 
     def run(self, stop: StopRequest) -> int | None:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
+        self.world.tells = lambda: Tells(stop.signal, self.world.is_first and self._is_time())
+        self.world.is_training = True
         with stop.answered(self.voice.say, "stopping after this step"):
             return self._run(stop)
+
+    def stopped_by(self, stop: StopRequest) -> int | None:
+        """The signal that came: to this process, or of several to any, once all know."""
+        return stop.signal if self.world.size == 1 else self.world.told.stop
 
     def _run(self, stop: StopRequest) -> int | None:
         self.model.train()
@@ -154,35 +165,38 @@ class Loop:
         try:
             if self.done and self._is_sampled(self.done) and not self._epoch_due:
                 self._sample()  # a signal came before it was done
-            while not self.is_over and stop.signal is None:
+            while not self.is_over and self.stopped_by(stop) is None:
                 if not self._epoch_due:
                     self.one_step()
                 if self._epoch_due and not self._end_epoch(stop):
                     break
                 if self._is_due():
                     self.save(last=self.is_over)
-                elif self.config.save_every is None and self._is_time():
+                elif self._is_time() if self.world.size == 1 else self.world.told.save:
                     self.save(passing=True)
                 if self._is_sampled(self.done) and not self.is_over:
                     self._sample()
-            if stop.signal is not None and (self.done, self._epoch_due) != self._saved_at:
+            if self.stopped_by(stop) is not None and (self.done, self._epoch_due) != self._saved_at:
                 self.save(passing=True, last=True)
             self._finish_saving(stop)
-            if stop.signal is None and self.done < self.last_step:
+            stopped = self.stopped_by(stop)
+            if stopped is None and self.done < self.last_step:
                 self.voice.say(f"stopped after {self.best.since} epochs without a lower validation loss (--patience)")
-            elif stop.signal is None and self.done % self.order.steps:
+            elif stopped is None and self.done % self.order.steps:
                 self._end_epoch(stop)  # cut short by max_steps: said last, as a longer run would not have said it here
-            if stop.signal is None and self.config.sample_every != 0:
+            if self.stopped_by(stop) is None and self.config.sample_every != 0:
                 self._sample()
         finally:
             self.voice.stop()
-        return stop.signal
+        return self.stopped_by(stop)
 
     def one_step(self) -> None:
         """Train on the next batch, and say so where it is time to."""
         config, begin, setup = self.config, time.perf_counter(), self.step.setup_seconds
         epoch, within = divmod(self.done, self.order.steps)
-        rows = self.feed(self.order(epoch, within))
+        batch = self.order(epoch, within)
+        parts = [self.feed(batch, part, self.parts) for part in self.my_parts]
+        tokens = parts[0].tokens if parts[0].step is None else parts[0].step[0]  # of the whole step
         assert config.lr is not None  # `fit` has put a number there
         lr = learning_rate(
             config.schedule,
@@ -193,7 +207,8 @@ class Loop:
             last_step=self.last_step,
             warmup=self.warmup,
         )
-        self.step(rows, lr)
+        key = key_of(config.seed, DROPOUT, self.done)
+        self.step.parts(parts, lr, key - (key >> 63 << 64))
         self.tally.watch.count += 1
         self.done += 1
         self._val_loss, self._epoch_due = None, self.done % self.order.steps == 0
@@ -206,11 +221,11 @@ class Loop:
         if (forms := self.step.forms()) > self._forms:
             self.voice.say(f"step {self.done}: the model was compiled again, which its warm-up should have spared it")
             self._forms = forms
-        self.tally.add(rows.tokens, config.batch_size, took)
+        self.tally.add(tokens, config.batch_size, took)
         if self.voice.live and self.device.type == "cpu":  # where looking costs nothing
-            self._show(self._recent.add(self.step.result(), rows.tokens, took))
+            self._show(self._recent.add(self.step.result(), tokens, took))
         if speak or diverged:
-            self._tell(epoch, lr, rows)
+            self._tell(epoch, lr, tokens)
         if diverged:
             self._give_up()
         self.voice.advance()
@@ -227,14 +242,14 @@ class Loop:
                 f"{spike.mean:.4f}"
             )
 
-    def _tell(self, epoch: int, lr: float, rows: Rows) -> None:
+    def _tell(self, epoch: int, lr: float, tokens: int) -> None:
         """Write a step's row. Synchronises with the device."""
         result = self.step.result()
         row = {"step": self.done, "epoch": epoch + 1, "lr": lr, "loss": result.loss}
         row |= {"accuracy": result.correct / max(1, result.counted), "grad_norm": result.norm}
         if (scale := self.step.optimizer.scale) is not None:
             row |= {"loss_scale": float(scale.value)}
-        row |= {"poems": self.config.batch_size, "tokens": rows.tokens, **self.tally.row(self.step.totals())}
+        row |= {"poems": self.config.batch_size, "tokens": tokens, **self.tally.row(self.step.totals())}
         self.metrics.write(row)
         self.voice.row(row, self.tally.seconds_left(self.last_step - self.done))
         if self.device.type != "cpu":
@@ -278,13 +293,15 @@ class Loop:
     def _sample(self) -> None:
         """A few poems from the weights as they are, once a step. A signal that comes meanwhile is the loop's to answer."""
         samples = self.samples
-        if samples is None or samples.broken or samples.has(self.done) or not is_finite(self.step.optimizer.master):
-            return
-        with suppress(Stopped), self.voice.phase("writing a few poems"):
-            if poems := samples.take(self.done, self.done / self.order.steps):
-                self.voice.say("poems after step {0:,}:", self.done)
-                for poem in poems:
-                    self.voice.say("  " + poem.replace("\n", "\n  "))
+        if samples is not None and not (
+            samples.broken or samples.has(self.done) or not is_finite(self.step.optimizer.master)
+        ):
+            with suppress(Stopped), self.voice.phase("writing a few poems"):
+                if poems := samples.take(self.done, self.done / self.order.steps):
+                    self.voice.say("poems after step {0:,}:", self.done)
+                    for poem in poems:
+                        self.voice.say("  " + poem.replace("\n", "\n  "))
+        self.world.meet()  # the other processes wait for the first, which writes them
 
     def _give_up(self) -> None:
         """Save what there is, which the failed steps have not touched, and raise Diverged with where it is."""
@@ -310,11 +327,16 @@ class Loop:
         row |= {"mean_loss": trained.loss, "mean_accuracy": trained.accuracy, "tokens": trained.counted}
         row |= {"skipped": trained.skipped, "val_loss": None, "val_accuracy": None}
         if len(self.validation.rows):
-            batches = self.validation.batches(self.config.batch_size, self.feed.table, stop)
+            world = self.world  # one of several goes on to the end, as it is not to leave the others alone
+            batches = self.validation.batches(
+                self.config.batch_size, self.feed.table, stop if world.size == 1 else None
+            )
+            kernels = self.step.optimizer.kernels
             try:
                 with self.voice.phase("validating on {0:,} poems", len(self.validation.rows)) as at:
                     batches = _counted(batches, len(self.validation.rows), at)
-                    found = evaluate(self.model, batches, self.device, self.step.pad_id, self.step.optimizer.kernels)
+                    shared = world.rank, world.size, world.add_up
+                    found = evaluate(self.model, batches, self.device, self.step.pad_id, kernels, *shared)
             except Told:
                 self.model.train()
                 return False
@@ -324,7 +346,9 @@ class Loop:
                 with self.voice.phase("writing a few poems"):
                     row |= samples.shares()
             except Stopped:
-                return False
+                if self.world.size == 1:
+                    return False
+        self.world.meet()
         if row["val_loss"] is not None:
             self.best.add(self.done, row["val_loss"])
         self._epoch_due, self._val_loss, self.tally.told = False, row["val_loss"], NOTHING
@@ -344,7 +368,11 @@ class Loop:
 
     def _is_time(self) -> bool:
         """Has no checkpoint been written for long? By the clock, so that it costs little, and which step it is makes no difference to any."""
-        return not self.saver.busy and time.monotonic() - self.saver.ended >= SAVE_SECONDS
+        return (
+            self.config.save_every is None
+            and not self.saver.busy
+            and time.monotonic() - self.saver.ended >= SAVE_SECONDS
+        )
 
     def save(self, *, passing: bool = False, last: bool = False) -> None:
         """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread.
@@ -353,6 +381,9 @@ class Loop:
         with self.voice.phase("waiting for the last checkpoint to be written"):
             self.saver.wait()
         self._saved_at = (self.done, self._epoch_due)
+        self._agree()
+        if not self.world.is_first:
+            return
         tensors, state, done = self.train_state.copy(), {**self.state(), "passing": passing}, self.done
 
         def job() -> None:
@@ -364,6 +395,18 @@ class Loop:
 
         then = "" if last else "; training goes on and tries again at the next checkpoint"
         self.saver.start(f"the checkpoint of step {done}", job, then=then)
+
+    def _agree(self) -> None:
+        """Wait for the first process, and compare the weights of all with its. Raises Ended where they differ."""
+        self.world.meet()
+        if self.world.size > 1:
+            bits = self.step.optimizer.master.view(torch.int32)
+            first, *others = self.world.gathered(int(bits.sum(dtype=torch.int64)), self.device)
+            if wrong := [str(rank) for rank, one in enumerate(others, 1) if one != first]:
+                raise Ended(
+                    f"step {self.done}: the weights of process {', '.join(wrong)} differ from those of process 0, so this step has no "
+                    "checkpoint; --resume goes on from the newest"
+                )
 
     def _finish_saving(self, stop: StopRequest) -> None:
         """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""
@@ -387,6 +430,16 @@ class Loop:
             raise NotSaved(f"{self.saver.error}; {newest}: make room and {mend}")
         if self.metrics.error is not None:
             raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
+
+    @property
+    def parts(self) -> int:
+        """The shares that a step is divided into: micro-batches of all processes."""
+        return self.world.size * self.config.accumulate
+
+    @property
+    def my_parts(self) -> range:
+        mine = self.config.accumulate
+        return range(self.world.rank * mine, (self.world.rank + 1) * mine)
 
     def state(self) -> dict[str, Any]:
         """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short,

@@ -5,7 +5,7 @@ A copy is made in two stages: three flat buffers at memory speed, between two st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,13 @@ class TrainState:
             self._narrowed.adopt(tensors[WEIGHTS], optimizer.view(optimizer.master, EMBEDDING))
         optimizer.reload()
         set_rng_state(tensors[OPTIMIZER][f"rng.{self._device.type}"], self._device)
+
+    def each(self) -> Iterator[Tensor]:
+        """All that processes which train together have in common: what one has when it has another's of these."""
+        optimizer, account = self._step.optimizer, self._step.account
+        yield from (getattr(optimizer, name) for name in FLATS)
+        yield from (optimizer.applied, account.sums, account.losses, account.failed_in_a_row, account.most_failed)
+        yield from optimizer.scale or ()
 
     def copy(self) -> Callable[[], Tensors]:
         """Copy them as they are now. What is returned gives the copy, on the CPU, and may be called in another thread."""

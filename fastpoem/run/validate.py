@@ -23,10 +23,10 @@ class Validation(NamedTuple):
     rows: np.ndarray
     own: bool = False
 
-    def batches(self, batch: int, table: np.ndarray | None, stop: StopRequest) -> Iterator[Rows]:
-        """All of them, in batches of like length, their ids numbered by `table`. Raises Told between two where a signal has come."""
+    def batches(self, batch: int, table: np.ndarray | None, stop: StopRequest | None) -> Iterator[Rows]:
+        """All of them, in batches of like length, their ids numbered by `table`. Raises Told between two where a signal has come to `stop`."""
         feed = Feed(self.store, "bucket", table=table)
         for step in validation_steps(self.store, self.rows, batch):
-            if stop.signal is not None:
+            if stop is not None and stop.signal is not None:
                 raise Told
             yield feed(step)

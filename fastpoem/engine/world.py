@@ -1,0 +1,215 @@
+"""The processes that train together: who they are, how they wait for one another, and the one sum a step.
+
+torchrun starts them, each with its rank in the environment. Two things pass between them. Before training, and wherever the first has something
+to do alone, they wait by torchrun's key-value store: by looking, so that preparing a corpus may take as long as it takes and a signal is heard
+meanwhile. In training there is one collective a step, a SUM over the gradient with a short tail (`fastpoem.engine.step.Sums`): losses and counts,
+and what one process must tell all others, so that all learn, skip, stop and fail at the same step. A collective that one of them does not join
+is given up after a minute, everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastpoem.engine.step import Sums
+from fastpoem.errors import Ended, InputError, first_line
+from fastpoem.signals import ask
+
+SECONDS = float(os.environ.get("FASTPOEM_COLLECTIVE_SECONDS", "60"))  # that a process may be late for a collective
+LOOKS = 0.02  # seconds between two looks at what is waited for
+Value = TypeVar("Value")
+
+
+class Told(NamedTuple):
+    """What a step's sum tells all processes of one another."""
+
+    stop: int | None = None  # the signal that asked one of them to stop
+    save: bool = False  # the first wants a checkpoint after this step
+
+
+@dataclass
+class World:
+    """This process, number `rank` of `size`, `local_rank` of the `local_size` on its machine. By itself where it is the only one."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0  # how often torchrun has started all of them again
+    is_training: bool = False
+    tells: Callable[[], Told] = Told  # what this process has to tell
+    told: Told = field(default_factory=Told)  # by any of them, in the newest step
+    _store: Any = None
+    _names: int = 0
+    _on_the_way: Any = None
+
+    @classmethod
+    def of_environment(cls) -> World:
+        """As torchrun says. Raises InputError."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
+            return cls()
+        try:
+            rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
+        except (KeyError, ValueError):
+            reason = f"needs all of {', '.join(names)} as numbers"
+            raise InputError("WORLD_SIZE", reason, "start the processes with torchrun, or unset it") from None
+        return cls(rank, size, local_rank, local_size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def join(self, device: torch.device) -> None:
+        """Meet the others, and be ready for collectives. Takes as many of the machine's cores as are each one's share, whatever torchrun
+        said (it says one)."""
+        if self.size == 1:
+            return
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+        forever = datetime.timedelta(days=30)
+        try:
+            self._store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
+        except ValueError as error:
+            raise InputError("torchrun", first_line(error), "start the processes with torchrun") from None
+        self.meet()
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with self._answered():
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("training", self._store),
+                rank=self.rank,
+                world_size=self.size,
+                timeout=datetime.timedelta(seconds=SECONDS),
+                device_id=device if device.type == "cuda" else None,
+            )
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def fail(self) -> None:
+        """Tell those who wait that it is in vain."""
+        if self._store is not None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set("failed", str(self.rank))
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """The first process does what is inside, then all others at once: they find on the disk what it has made."""
+        name = self._name()
+        if not self.is_first:
+            self._wait(lambda: self._store.check([name]))
+        yield
+        if self.is_first and self.size > 1:
+            self._store.set(name, "done")
+
+    def agreed(self, value: Callable[[], Value]) -> Value:
+        """What the first process finds, for all of them."""
+        name = self._name()
+        if self.size == 1:
+            return value()
+        if self.is_first:
+            found = value()
+            self._store.set(name, pickle.dumps(found))
+            return found
+        self._wait(lambda: self._store.check([name]))
+        return pickle.loads(self._store.get(name))
+
+    def meet(self) -> None:
+        """Wait until all are here, however long that takes."""
+        name = self._name()
+        if self.size > 1:
+            self._store.add(name, 1)
+            self._wait(lambda: self._store.add(name, 0) >= self.size)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """`tensor` becomes the first process's."""
+        if self.size > 1:
+            with self._answered():
+                dist.broadcast(tensor, 0)
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """The sum of all processes' tensors, in place."""
+        if self.size > 1:
+            with self._answered():
+                dist.all_reduce(tensor)  # SUM: gloo's AVG is silently wrong (pytorch #162338)
+        return tensor
+
+    def gathered(self, value: int, device: torch.device) -> list[int]:
+        """Every process's number, 64 bits, in the order of their ranks."""
+        every = torch.zeros(self.size, dtype=torch.int64, device=device)
+        every[self.rank] = value
+        return self.add_up(every).tolist()
+
+    def reduce(self, sums: Sums, error: Exception | None) -> None:
+        """The step's collective, with what this process tells (`tells`). error: what happened to it in the step, raised here once all know;
+        where it happened to another, Ended is raised. What all were told is in `told`, on a GPU a step later, as it is not waited for."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        stop, save = self.tells()
+        mine = [stop is not None, stop or 0, error is not None, (self.rank + 1) * (error is not None), save]
+        sums.told.copy_(torch.tensor(mine, dtype=torch.float32))
+        if error is not None:
+            sums.gradient.zero_()
+        self.add_up(sums.flat)
+        if sums.flat.is_cuda:
+            late, self._on_the_way = self._on_the_way, (sums.told.to("cpu", non_blocking=True), torch.cuda.Event())
+            self._on_the_way[1].record()
+            if late is not None:
+                late[1].synchronize()
+                self._hear(late[0])
+        else:
+            self._hear(sums.told)
+        if error is not None:
+            raise error
+
+    def _hear(self, told: Tensor) -> None:
+        stopping, signals, failed, ranks, save = map(round, told.tolist())
+        self.told = Told(signals // stopping if stopping else None, save > 0)
+        if failed and ranks != self.rank + 1:
+            which = f"process {ranks - 1}" if failed == 1 else f"{failed} processes"
+            raise Ended(f"{which} of {self.size} failed in this step, and said why")
+
+    def _name(self) -> str:
+        self._names += 1
+        return f"fastpoem/{self._names}"
+
+    def _wait(self, over: Callable[[], bool]) -> None:
+        with self._answered():
+            while not over():
+                if self._store.check(["failed"]):
+                    raise Ended(f"process {self._store.get('failed').decode()} of {self.size} ended, and said why")
+                if not self.is_training:  # which answers a signal after a step
+                    ask()
+                time.sleep(LOOKS)
+
+    @contextlib.contextmanager
+    def _answered(self) -> Iterator[None]:
+        """What a collective or the store raises where another process is gone or late, in a line."""
+        try:
+            yield
+        except (RuntimeError, dist.DistError) as error:
+            if isinstance(error, Ended):
+                raise
+            text = str(error).lower()
+            if "closed" in text or "reset" in text or "broken pipe" in text:
+                reason = "is gone"
+            elif "timed out" in text or "timeout" in text:
+                reason = f"did not answer for {SECONDS:.0f} s"
+            else:
+                reason = f"may be gone ({first_line(error)})"
+            mend = "; the newest checkpoint is whole: --resume goes on" if self.is_training else ""
+            raise Ended(f"another of the {self.size} processes {reason}{mend}") from error
