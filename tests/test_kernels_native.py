@@ -22,6 +22,7 @@ from fastpoem.model.gpt2 import GPT2, GPT2Config
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 TAKEN_OUT = "taken out by a test"
+SIZES = st.lists(st.integers(0, 20), min_size=1, max_size=4).filter(any)  # rows of each poem
 ROWS, WIDTHS = st.integers(1, 40), st.integers(1, 70)  # widths around one and several vectors, with every remainder
 
 
@@ -30,10 +31,16 @@ def worst(mine, exact):
     return ((mine.double() - exact).abs().max() / exact.abs().max().clamp(min=1)).item()
 
 
-def dropped(shape, p, drawn):
-    """The mask that native.c draws, of 0 and 1 / (1 - p), as seen by what becomes of ones."""
-    mask = torch.ones(shape)
-    native.run("drop_add", mask, torch.zeros(shape[-1]), torch.zeros(shape), *mask.shape, *drawn)
+def drawn(sizes, width, p, seeds=None):
+    """What native.c draws by, for poems of so many rows."""
+    starts = torch.tensor([0, *sizes]).cumsum(0, dtype=torch.int32)
+    return starts, len(sizes), width, torch.arange(len(sizes)) if seeds is None else seeds, fused.dropped(p)
+
+
+def dropped(shape, p, seed):
+    """The mask that native.c draws for a poem, of 0 and 1 / (1 - p), as seen by what becomes of ones."""
+    mask = torch.empty(shape)
+    native.run("drop", torch.ones(shape), mask, *drawn(shape[:1], shape[1], p, torch.tensor([seed])))
     return mask
 
 
@@ -62,7 +69,7 @@ def test_a_row_wider_than_a_stack():
     F.gelu(exact, approximate="tanh").sum().backward()
     native.run("gelu_backward", x, dx, dbias, 1, width)
     assert worst(dx, exact.grad) < 3e-6 and torch.equal(dx[0], dbias)
-    native.run("drop_add_backward", x, dx, dbias, 1, width, *fused.draw(0.5))
+    native.run("drop_add_backward", x, dx, dbias, *drawn([1], width, 0.5))
     torch.set_num_threads(before)
     assert torch.equal(dx[0], dbias) and abs((dx == 0).double().mean() - 0.5) < 0.01
 
@@ -77,16 +84,16 @@ def test_gelu_of_extremes():
 
 
 @settings(max_examples=60, deadline=None)
-@given(ROWS, WIDTHS, st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 0.999]))
-def test_residual_sum_and_its_gradient_drop_the_same(rows, width, seed, p):
+@given(SIZES, WIDTHS, st.integers(0, 2**31), st.sampled_from([0.0, 0.1, 0.999]))
+def test_residual_sum_and_its_gradient_drop_what_each_poem_drops_alone(sizes, width, seed, p):
     torch.manual_seed(seed)
+    rows = sum(sizes)
     x, residual, upstream = torch.randn(3, rows, width)
-    bias = torch.randn(width)
-    drawn = fused.draw(p)
-    mask = dropped((rows, width), p, drawn).double()
+    bias, seeds = torch.randn(width), torch.randint(-(2**63), 2**63 - 1, (len(sizes),))
+    mask = torch.cat([dropped((size, width), p, one) for size, one in zip(sizes, seeds.tolist(), strict=True)]).double()
     out, dx, dbias = x.clone(), torch.empty(rows, width), torch.empty(width)
-    native.run("drop_add", out, bias, residual, rows, width, *drawn)
-    native.run("drop_add_backward", upstream, dx, dbias, rows, width, *drawn)
+    native.run("drop_add", out, bias, residual, *drawn(sizes, width, p, seeds))
+    native.run("drop_add_backward", upstream, dx, dbias, *drawn(sizes, width, p, seeds))
     exact = residual.double() + (x.double() + bias.double()) * mask
     assert (out.double() - exact).abs().max() < 1e-6 * (residual.abs() + (x.abs() + bias.abs()) * mask).max()
     assert worst(dx, upstream.double() * mask) < 1e-6
@@ -95,8 +102,7 @@ def test_residual_sum_and_its_gradient_drop_the_same(rows, width, seed, p):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1e-3, 0.999])
 def test_dropout_is_independent_from_element_to_element_and_seed_to_seed(p):
-    torch.manual_seed(0)
-    first, second = (dropped((1000, 1001), p, fused.draw(p)) for _ in range(2))
+    first, second = (dropped((1000, 1001), p, seed) for seed in (0, 2**63 - 9))
     n = first.numel()
     for mask in (first, second):
         kept = mask != 0
@@ -111,16 +117,17 @@ def test_dropout_is_independent_from_element_to_element_and_seed_to_seed(p):
 
 def test_any_number_of_threads_gives_the_same_numbers():
     torch.manual_seed(0)
-    drawn, before, made = fused.draw(0.2), torch.get_num_threads(), []
+    by, before, made = drawn([0, 11, 0, 0, 40, 2, 0], 131, 0.2), torch.get_num_threads(), []
     x, upstream = torch.randn(2, 53, 131)
     for count in (1, 3):
         torch.set_num_threads(count)
-        out, dx, dbias = x.clone(), torch.empty_like(x), torch.empty(131)
-        native.run("drop_add", out, torch.ones(131), x, *x.shape, *drawn)
-        native.run("drop_add_backward", upstream, dx, dbias, *x.shape, *drawn)
+        out, dx, dbias, alone = x.clone(), torch.empty_like(x), torch.empty(131), torch.empty_like(x)
+        native.run("drop_add", out, torch.ones(131), x, *by)
+        native.run("drop_add_backward", upstream, dx, dbias, *by)
+        native.run("drop", x, alone, *by)
         d, gelu_bias = upstream.clone(), torch.empty(131)
         native.run("gelu_backward", x, d, gelu_bias, *x.shape)
-        made.append((out, dx, dbias, d, gelu_bias))
+        made.append((out, dx, dbias, alone, d, gelu_bias))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 

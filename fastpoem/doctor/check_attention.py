@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastpoem.corpus.feed import SLOT, SLOT_LONGEST, Rows, Shape
 from fastpoem.engine.batch import assemble
 from fastpoem.model.attention import causal_attention
+from fastpoem.model.dropout import Masks, Poems
 from fastpoem.model.flash import find_varlen, why_not_flash
 
 
@@ -36,12 +37,14 @@ def attention(device: torch.device, dtype: torch.dtype, packed: Rows | None = No
         packing = assemble(packed.source.to(device), where.to(device), size, 0).packing
         ends = lengths.cumsum(0).tolist()
         borders, shape = list(zip([0, *ends[:-1]], ends, strict=True)), (1, total)
+    starts = torch.tensor([0, *(end for _, end in borders)], dtype=torch.int32)
     varlen = find_varlen(device, dtype, 64)[0] if packed is not None else None
     flash = why_not_flash(device, dtype) is None
 
     def attend(qkv: Tensor, dropout: float) -> Tensor:  # (rows, 3 * D) -> (rows, D)
+        draw = Poems.of_each(1, starts, Masks.drawn())[0] if device.type == "cpu" else None
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if flash else contextlib.nullcontext():
-            out = causal_attention(qkv.view(*shape, -1), heads, 0.125, dropout, packing, varlen)
+            out = causal_attention(qkv.view(*shape, -1), heads, 0.125, dropout, packing, varlen, draw)
         return out.flatten(0, 1)
 
     width = heads * 64

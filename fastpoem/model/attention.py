@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpoem.model import ops
-from fastpoem.model.dropout import drop
+from fastpoem.model.dropout import Draw, Poems, drop
 
 
 class Packing(NamedTuple):
@@ -40,12 +40,12 @@ def causal_attention(
     dropout: float,
     packing: Packing | None,
     varlen: Varlen | None = None,
-    seed: Tensor | None = None,
+    draw: Draw = None,
 ) -> Tensor:
     """qkv (B, T, 3 * D), q then k then v, each of `heads` heads -> (B, T, D). With `packing`, B = 1 and T = N packed tokens.
 
-    scale multiplies q k^T; dropout is the probability with which attention weights are dropped. seed (2,) int32: what they are drawn by
-    where no fused kernel does it (fastpoem.model.dropout), None: PyTorch's generator.
+    scale multiplies q k^T; dropout is the probability with which attention weights are dropped, draw what they are drawn by where no fused
+    kernel does it.
     """
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     if packing is not None and varlen is not None:
@@ -55,17 +55,19 @@ def causal_attention(
         return out.reshape(1, length, width)
     if packing is not None:
         padded = qkv[0].index_select(0, packing.unfold.flatten()).view(*packing.unfold.shape, qkv.shape[-1])
-        out = causal_attention(padded, heads, scale, dropout, None, seed=seed)  # (P, T, D)
+        out = causal_attention(padded, heads, scale, dropout, None, draw=draw)  # (P, T, D)
         return out.reshape(-1, out.shape[-1]).index_select(0, packing.fold)[None]  # (1, N, D)
-    if _keeps_weights(qkv, dropout):
-        return ops.CausalAttention.apply(qkv, heads, scale, dropout)
+    if dropout > 0 and isinstance(draw, Poems):
+        return ops.CausalAttention.apply(qkv, heads, scale, dropout, draw.seeds[:batch])
+    if dropout == 0 and _keeps_weights(qkv):
+        return ops.CausalAttention.apply(qkv, heads, scale)
     q, k, v = (
         x.view(batch, length, heads, width // heads).transpose(1, 2) for x in qkv.split(width, dim=-1)
     )  # (B, H, T, D / H)
-    if seed is not None and dropout > 0 and not _fused(q):
+    if dropout > 0 and draw is not None and not _fused(q):
         future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
         scores = (q @ k.transpose(-2, -1) * scale).masked_fill(future, -math.inf)  # (B, H, T, T)
-        out = drop(torch.softmax(scores, -1), dropout, seed) @ v
+        out = drop(torch.softmax(scores, -1), dropout, draw) @ v
         return out.transpose(1, 2).reshape(batch, length, width)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, scale=scale)  # (B, H, T, D / H)
     return out.transpose(1, 2).reshape(batch, length, width)
@@ -84,7 +86,7 @@ def _has_fused() -> bool:
 _has_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _keeps_weights(qkv: Tensor, dropout: float) -> bool:
-    """On a CPU, SDPA's kernel for training has no dropout and computes the weights twice: for short poems, keeping them is faster."""
+def _keeps_weights(qkv: Tensor) -> bool:
+    """On a CPU, SDPA's kernel for training computes the weights twice: for short poems, keeping them is faster."""
     eager = qkv.is_cpu and qkv.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return eager and (dropout > 0 or qkv.shape[1] <= 128)
+    return eager and qkv.shape[1] <= 128

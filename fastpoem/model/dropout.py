@@ -1,6 +1,9 @@
-"""Dropout whose mask is a function of a seed and of each element's position, and of nothing else: what compiled code drops by.
+"""What dropout draws by: a mask follows from a seed and each element's position, and from nothing else.
 
-A compiler is free to draw a mask once and keep it, or to draw it again in the backward pass, in a kernel of another shape. Inductor draws
+On a CPU every poem has a seed of its own for each dropout (`Masks`, `Poems`), a function of the step and of the poem's number in it, so that
+a batch drops the same however it is cut into parts. What draws by it is C (`fastpoem.model.fused`) or PyTorch (`fastpoem.model.ops`).
+
+Compiled code drops by `drop`. A compiler is free to draw a mask once and keep it, or to draw it again in the backward pass, in a kernel of another shape. Inductor draws
 `F.dropout`'s by one form of Triton's generator in some kernels and by another in others (from PyTorch 2.13 on; pytorch #198333), and then
 the gradient is that of another mask. It has a switch against it, `align_random_eager`, which older versions lack and which costs a handful
 of launches a dropout; `fallback_random` gives up the fusion. Plain integer arithmetic is fused like any other, is cheaper than Triton's
@@ -9,8 +12,56 @@ generator, and gives the same bits wherever it is done.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Masks(NamedTuple):
+    """Which masks a batch has on a CPU, outside a compiler: its poems are numbers `first`, `first` + 1 ... of the whole batch of a step."""
+
+    key: int  # 64 bits (signed int64) that stand for seed and step
+    first: int  # the number, in the step's whole batch, of the first poem here
+
+    @classmethod
+    def drawn(cls) -> Masks:
+        """By PyTorch's generator: others every time."""
+        return cls(int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)), 0)
+
+    def seeds(self, dropouts: int, poems: int) -> Tensor:
+        """(dropouts, P) int64, no two equal: SplitMix64 (Steele, Lea & Flood, 2014), a dropout's poems beginning 2^32 after those of the last."""
+        poem = torch.arange(self.first, self.first + poems, device="cpu")
+        number = 2**32 * torch.arange(dropouts, device="cpu")[:, None] + poem  # (dropouts, P)
+        return _mixed(_mixed(torch.tensor(self.key, device="cpu") + GOLDEN) + number * GOLDEN)
+
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd: with it and a mixer that can be undone, other numbers are other seeds
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """int64 -> int64, SplitMix64's finalizer. Products wrap."""
+    x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return x ^ (x >> 31 & 2**33 - 1)
+
+
+class Poems(NamedTuple):
+    """What one dropout on a CPU draws by."""
+
+    starts: Tensor  # (P + 1,) int32, where each poem begins in the batch's N tokens, and N
+    seeds: Tensor  # (P,) int64
+
+    @classmethod
+    def of_each(cls, dropouts: int, starts: Tensor, masks: Masks | None) -> list[Poems]:
+        """For each dropout of a model; masks None: where nothing is dropped."""
+        poems = len(starts) - 1
+        if masks is None:
+            return [cls(starts, torch.zeros(poems, dtype=torch.int64, device="cpu"))] * dropouts
+        return [cls(starts, seeds) for seeds in masks.seeds(dropouts, poems)]
+
+
+Draw = Tensor | Poems | None  # a compiled dropout's seed (2,) int32, a CPU's poems, or PyTorch's generator
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:

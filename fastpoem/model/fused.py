@@ -3,7 +3,8 @@
 What `fastpoem.model.ops` does for every weight (its gradient written straight into the flat buffer), and beside it: GELU with its bias, the
 residual sum with its bias and dropout are one pass each, forward and backward, attention is one task a head, which keeps nothing of (T, T),
 and what is dropped is drawn again from its seed instead of being kept.
-Numbers differ from PyTorch's only by rounding; what dropout draws differs from what `ops` would draw.
+Numbers differ from PyTorch's only by rounding; what dropout draws differs from what `ops` would draw, and is for a poem in a pack what it
+is in a padded batch.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from fastpoem_kernels import native
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastpoem.model.attention import Packing
+from fastpoem.model.dropout import Poems
 from fastpoem.model.ops import direct
 
 
@@ -24,28 +25,43 @@ def usable(x: Tensor, weight: Tensor) -> bool:
     return direct(weight) and native.usable(x, weight)
 
 
-Drawn = tuple[Tensor, int]
+def dropped(p: float) -> int:
+    """How many of 2^32 elements, for dropout with probability p."""
+    return min(round(p * 2**32), 2**32 - 1)
 
 
-def draw(p: float) -> Drawn:
-    """(seed (1,) int64 from PyTorch's generator, elements dropped of 2^32) for dropout with probability p."""
-    return torch.empty(1, dtype=torch.int64).random_(-(2**63), None), min(round(p * 2**32), 2**32 - 1)
+class Drop(torch.autograd.Function):
+    """dropout(x), x (B, T, D)."""
+
+    @staticmethod
+    def forward(ctx, x, p, poems: Poems):
+        ctx.drawn = poems.starts, len(poems.seeds), x.shape[-1], poems.seeds, dropped(p)
+        out = torch.empty_like(x)
+        native.run("drop", x, out, *ctx.drawn)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
+        native.run("drop", dy.contiguous(), dx, *ctx.drawn)
+        return dx, None, None
 
 
 class Attention(torch.autograd.Function):
     """x (B, T, D) -> (B, T, D): causal attention of q, k, v = x @ weight (D, 3 * D) + bias, its weights dropped with probability p.
 
-    With `packing`, B = 1 and T = N packed tokens, and a token sees those of its poem. scale multiplies q k^T.
+    In a packed batch B = 1 and T = N packed tokens, and a token sees those of its poem. scale multiplies q k^T.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, packing: Packing | None, heads, scale, p):
+    def forward(ctx, x, weight, bias, poems: Poems, heads, scale, p):
         rows = x.flatten(0, 1)  # (N, D)
         qkv = rows @ weight  # (N, 3 * D)
-        starts = torch.arange(0, len(rows) + 1, x.shape[1], dtype=torch.int32) if packing is None else packing.borders
-        sizes = len(starts) - 1, heads, x.shape[-1] // heads, scale
+        starts, seeds = poems
+        sizes = len(seeds), heads, x.shape[-1] // heads, scale
         out, stats = torch.empty_like(rows), x.new_empty(heads, len(rows), 2)
-        drawn = draw(p)
+        drawn = seeds, dropped(p)
         native.run("attention", qkv, bias, out, stats, _scratch(starts, *sizes), starts, *sizes, *drawn)
         ctx.save_for_backward(rows, qkv, stats, starts)
         ctx.weight, ctx.bias, ctx.sizes, ctx.drawn = weight, bias, sizes, drawn
@@ -73,11 +89,11 @@ class Project(torch.autograd.Function):
     """x (B, T, in) -> residual (B, T, D) + dropout(x @ weight + bias)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, p):
+    def forward(ctx, x, weight, bias, residual, p, poems: Poems):
         x = x.flatten(0, 1)
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias = weight, bias
-        out, ctx.drawn = _project(x, weight, bias, residual, p)
+        out, ctx.drawn = _project(x, weight, bias, residual, p, poems)
         return out
 
     @staticmethod
@@ -85,21 +101,21 @@ class Project(torch.autograd.Function):
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
         dx = _project_backward(dy, x, ctx.weight, ctx.bias, ctx.drawn)
-        return dx.view(*dy.shape[:-1], -1), None, None, dy, None
+        return dx.view(*dy.shape[:-1], -1), None, None, dy, None, None
 
 
 class FeedForward(torch.autograd.Function):
     """x (B, T, D) -> residual (B, T, D) + dropout(gelu(x @ fc + fc_bias) @ proj + proj_bias), GELU in its tanh form."""
 
     @staticmethod
-    def forward(ctx, x, fc, fc_bias, proj, proj_bias, residual, p):
+    def forward(ctx, x, fc, fc_bias, proj, proj_bias, residual, p, poems: Poems):
         x = x.flatten(0, 1)  # (N, D)
         before = x @ fc  # (N, I)
         after = torch.empty_like(before)
         native.run("bias_gelu", before, fc_bias, after, *before.shape)
         ctx.save_for_backward(x, before, after)
         ctx.weights = fc, fc_bias, proj, proj_bias
-        out, ctx.drawn = _project(after, proj, proj_bias, residual, p)
+        out, ctx.drawn = _project(after, proj, proj_bias, residual, p, poems)
         return out
 
     @staticmethod
@@ -110,19 +126,22 @@ class FeedForward(torch.autograd.Function):
         d = _project_backward(dy, after, proj, proj_bias, ctx.drawn)  # (N, I)
         native.run("gelu_backward", before, d, fc_bias.main_grad, *d.shape)
         torch.mm(x.t(), d, out=fc.main_grad)
-        return (d @ fc.t()).view_as(dy), None, None, None, None, dy, None
+        return (d @ fc.t()).view_as(dy), None, None, None, None, dy, None, None
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, p: float) -> tuple[Tensor, Drawn]:
+Drawn = tuple[Tensor, int, int, Tensor, int]  # the last arguments of drop_add
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, p: float, poems: Poems) -> tuple[Tensor, Drawn]:
     """x (N, in), residual (B, T, D) -> the sum (B, T, D), and what was drawn for it."""
-    drawn, out = draw(p), x @ weight
-    native.run("drop_add", out, bias, residual.contiguous(), *out.shape, *drawn)
+    drawn, out = (poems.starts, len(poems.seeds), len(bias), poems.seeds, dropped(p)), x @ weight
+    native.run("drop_add", out, bias, residual.contiguous(), *drawn)
     return out.view_as(residual), drawn
 
 
 def _project_backward(dy: Tensor, x: Tensor, weight: Any, bias: Any, drawn: Drawn) -> Tensor:
     """dy (B, T, D) -> dx (N, in); writes the gradients of weight and bias."""
     d = dy.new_empty(len(x), dy.shape[-1])
-    native.run("drop_add_backward", dy.contiguous(), d, bias.main_grad, *d.shape, *drawn)
+    native.run("drop_add_backward", dy.contiguous(), d, bias.main_grad, *drawn)
     torch.mm(x.t(), d, out=weight.main_grad)
     return d @ weight.t()

@@ -8,15 +8,17 @@ Unsupervised Multitask Learners", 2019): pre-norm blocks, learned positions, tan
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from fastpoem_kernels import native
 from torch import Tensor, nn
 
 from fastpoem.model import fused, ops
 from fastpoem.model.attention import Packing, Varlen, causal_attention
-from fastpoem.model.dropout import drop
+from fastpoem.model.dropout import Draw, Masks, Poems, drop
 
 ACTIVATIONS = {
     "gelu_new": "tanh",
@@ -86,13 +88,13 @@ class Dropout(nn.Module):
         """The probability: 0 in evaluation."""
         return self.p if self.training else 0.0
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, seed: Tensor | None = None) -> Tensor:
-        if self.now > 0 and seed is not None:
-            x = drop(x, self.p, seed)
-            return x if residual is None else residual + x
-        if self.now > 0 and x.is_cpu and not torch.compiler.is_compiling():
-            return ops.DropAdd.apply(x, residual, self.p)
-        x = F.dropout(x, self.p, self.training)
+    def forward(self, x: Tensor, residual: Tensor | None = None, draw: Draw = None) -> Tensor:
+        if self.now > 0 and isinstance(draw, Poems):
+            if residual is None and native.usable(x):
+                return fused.Drop.apply(x, self.p, draw)
+            return ops.DropAdd.apply(x, residual, self.p, draw)
+        dropping = self.now > 0 and draw is not None
+        x = drop(x, self.p, draw) if dropping else F.dropout(x, self.p, self.training)
         return x if residual is None else residual + x
 
 
@@ -108,17 +110,17 @@ class Attention(nn.Module):
         if config.scale_attn_by_inverse_layer_idx:
             self.scale /= layer + 1
 
-    def forward(self, x: Tensor, residual: Tensor, packing: Packing | None, seeds: Tensor | None = None) -> Tensor:
-        """x, residual (B, T, D), seeds (2, 2) int32 -> residual + dropout(attention(x)) (B, T, D)"""
-        dropout, qkv = self.dropout if self.training else 0.0, self.c_attn
-        weights_seed, seed = (None, None) if seeds is None else seeds
-        if fused.usable(x, qkv.weight):
-            x = fused.Attention.apply(x, qkv.weight, qkv.bias, packing, self.heads, self.scale, dropout)
+    def forward(self, x: Tensor, residual: Tensor, packing: Packing | None, draws: Sequence[Draw]) -> Tensor:
+        """x, residual (B, T, D), two draws -> residual + dropout(attention(x)) (B, T, D)"""
+        dropout, qkv, proj = self.dropout if self.training else 0.0, self.c_attn, self.c_proj
+        weights_draw, draw = draws
+        if isinstance(weights_draw, Poems) and fused.usable(x, qkv.weight):
+            x = fused.Attention.apply(x, qkv.weight, qkv.bias, weights_draw, self.heads, self.scale, dropout)
         else:
-            x = causal_attention(qkv(x), self.heads, self.scale, dropout, packing, self.varlen, weights_seed)
-        if fused.usable(x, self.c_proj.weight):
-            return fused.Project.apply(x, self.c_proj.weight, self.c_proj.bias, residual, self.resid_dropout.now)
-        return self.resid_dropout(self.c_proj(x), residual, seed)
+            x = causal_attention(qkv(x), self.heads, self.scale, dropout, packing, self.varlen, weights_draw)
+        if isinstance(draw, Poems) and fused.usable(x, proj.weight):
+            return fused.Project.apply(x, proj.weight, proj.bias, residual, self.resid_dropout.now, draw)
+        return self.resid_dropout(proj(x), residual, draw)
 
 
 class MLP(nn.Module):
@@ -130,12 +132,12 @@ class MLP(nn.Module):
         self.approximate = ACTIVATIONS[config.activation_function]
         self.resid_dropout = Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, residual: Tensor, seed: Tensor | None = None) -> Tensor:
-        """x, residual (B, T, D), seed (2,) int32 -> residual + dropout(proj(gelu(fc(x)))) (B, T, D)"""
+    def forward(self, x: Tensor, residual: Tensor, draw: Draw = None) -> Tensor:
+        """x, residual (B, T, D) -> residual + dropout(proj(gelu(fc(x)))) (B, T, D)"""
         fc, proj, dropout = self.c_fc, self.c_proj, self.resid_dropout
-        if self.approximate == "tanh" and fused.usable(x, fc.weight):
-            return fused.FeedForward.apply(x, fc.weight, fc.bias, proj.weight, proj.bias, residual, dropout.now)
-        return dropout(proj(F.gelu(fc(x), approximate=self.approximate)), residual, seed)
+        if isinstance(draw, Poems) and self.approximate == "tanh" and fused.usable(x, fc.weight):
+            return fused.FeedForward.apply(x, fc.weight, fc.bias, proj.weight, proj.bias, residual, dropout.now, draw)
+        return dropout(proj(F.gelu(fc(x), approximate=self.approximate)), residual, draw)
 
 
 class Block(nn.Module):
@@ -146,10 +148,10 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, packing: Packing | None, seeds: Tensor | None = None) -> Tensor:
-        """x (B, T, D), seeds (3, 2) int32 -> (B, T, D)"""
-        x = self.attn(self.ln_1(x), x, packing, None if seeds is None else seeds[:2])
-        return self.mlp(self.ln_2(x), x, None if seeds is None else seeds[2])
+    def forward(self, x: Tensor, packing: Packing | None, draws: Sequence[Draw]) -> Tensor:
+        """x (B, T, D), three draws -> (B, T, D)"""
+        x = self.attn(self.ln_1(x), x, packing, draws[:2])
+        return self.mlp(self.ln_2(x), x, draws[2])
 
 
 class Transformer(nn.Module):
@@ -161,16 +163,16 @@ class Transformer(nn.Module):
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = Dropout(config.embd_pdrop)
 
-    def forward(self, ids: Tensor, packing: Packing | None, seeds: Tensor | None = None) -> Tensor:
-        """ids (B, T) int64, seeds (1 + 3 * L, 2) int32 -> (B, T, D)"""
+    def forward(self, ids: Tensor, packing: Packing | None, draws: Sequence[Draw]) -> Tensor:
+        """ids (B, T) int64, 1 + 3 * L draws -> (B, T, D)"""
         positions = None if packing is None else packing.positions
         if ops.direct(self.wte.weight):
             x = ops.Embed.apply(self.wte.weight, self.wpe.weight, ids, positions)
         else:
             x = self.wte(ids) + (self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe(positions))
-        x = self.dropout(x, seed=None if seeds is None else seeds[0])
+        x = self.dropout(x, draw=draws[0])
         for layer, block in enumerate(self.h):
-            x = block(x, packing, None if seeds is None else seeds[3 * layer + 1 : 3 * layer + 4])
+            x = block(x, packing, draws[3 * layer + 1 : 3 * layer + 4])
         return self.ln_f(x)
 
 
@@ -189,15 +191,32 @@ class GPT2(nn.Module):
     def dropouts(self) -> int:
         return 1 + 3 * self.config.n_layer
 
-    def forward(self, ids: Tensor, packing: Packing | None = None, seeds: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        ids: Tensor,
+        packing: Packing | None = None,
+        seeds: Tensor | None = None,
+        masks: Masks | None = None,
+    ) -> Tensor:
         """ids (B, T) int64 -> next-token logits (B * T, V), rows in the order of ids. With `packing`, ids is (1, N).
 
-        seeds (dropouts, 2) int32: what each dropout draws by (fastpoem.model.dropout), None: PyTorch's generator."""
-        hidden = self.transformer(ids, packing, seeds)  # (B, T, D)
+        seeds (dropouts, 2) int32: what each dropout draws by under a compiler. masks: what all of them draw by on a CPU without one; others
+        have no use for it. With neither, masks come from PyTorch's generator."""
+        hidden = self.transformer(ids, packing, self._draws(ids, packing, masks) if seeds is None else seeds)
         weight = self.transformer.wte.weight
         if ops.direct(weight):
             return ops.Head.apply(hidden.flatten(0, 1), weight)
         return F.linear(hidden.flatten(0, 1), weight)
+
+    def _draws(self, ids: Tensor, packing: Packing | None, masks: Masks | None) -> list[Draw]:
+        """What each dropout draws by."""
+        if torch.compiler.is_compiling() or type(ids) is not Tensor or not ids.is_cpu:  # a FakeTensor holds no numbers
+            return [None] * self.dropouts
+        poems, length = ids.shape
+        starts = packing.borders if packing else length * torch.arange(poems + 1, dtype=torch.int32, device="cpu")
+        shape = self.config
+        dropping = self.training and max(shape.embd_pdrop, shape.attn_pdrop, shape.resid_pdrop) > 0
+        return Poems.of_each(self.dropouts, starts, (masks or Masks.drawn()) if dropping else None)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:

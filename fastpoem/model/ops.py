@@ -5,8 +5,8 @@ Autograd's own pieces are right but, on a CPU, spend a third of a step beside th
 
 * a weight's gradient goes straight into its place in the optimizer's flat buffer (`weight.main_grad`, set by FlatAdamW), where autograd
   would make a new tensor, zero the buffer and add: three more passes over every weight;
-* dropout takes 16 random bits an element from one wide draw where `F.dropout` draws a number each, and its mask is applied together with
-  the residual sum;
+* dropout takes 16 random bits an element from wide draws, one a poem, where `F.dropout` draws a number each, and its mask is applied
+  together with the residual sum;
 * attention keeps its weights for the backward pass instead of computing them again, and drops them without leaving its buffers.
 
 Every gradient is written exactly once a step, so nothing is zeroed; the head, which shares the embedding's weight, writes first and the
@@ -17,11 +17,16 @@ no gradient wanted, a device that is neither a CPU nor CUDA's) the model uses th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from fastpoem.model.dropout import Poems
 
 LANES = 4  # 16-bit lanes in a random int64
 LEVELS = 2**16
@@ -34,13 +39,23 @@ def direct(weight: Tensor) -> bool:
     return weight.is_cpu or weight.is_cuda
 
 
-def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
-    """A mask of 0 (with probability p to the nearest 1/65536) and 1 / (1 - that probability), so that the expectation is exact (in bfloat16, to its rounding)."""
+def keep_mask(sizes: Sequence[int], seeds: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    """(n,) for poems of so many elements, one after the other: 0 (with probability p to the nearest 1/65536) or 1 / (1 - that probability),
+    so that the expectation is exact (in bfloat16, to its rounding). seeds (P,) int64: an element's follows from its poem's, and its number."""
     dropped = round(p * LEVELS)
-    words = torch.empty(-(-shape.numel() // LANES), dtype=torch.int64).random_(-(2**63), None)
-    lanes = words.view(torch.int16)[: shape.numel()].view(shape)  # uniform in [-2**15, 2**15)
-    mask = torch.ge(lanes, dropped - LEVELS // 2, out=torch.empty(shape, dtype=dtype))
+    bits = np.random.PCG64DXSM(0)  # PyTorch's own generator takes 32 bits of a seed, and is slower
+    drawn = [_lanes(bits, seed, size) for seed, size in zip(seeds.tolist(), sizes, strict=True)]
+    lanes = torch.from_numpy(np.concatenate(drawn))  # (n,), uniform in [-2**15, 2**15)
+    mask = torch.ge(lanes, dropped - LEVELS // 2, out=torch.empty(len(lanes), dtype=dtype))
     return mask.mul_(LEVELS / (LEVELS - dropped))
+
+
+def _lanes(bits: np.random.PCG64DXSM, seed: int, size: int) -> np.ndarray:
+    """(size,) int16: the first of a stream that begins at the seed."""
+    at = {"state": (seed % 2**64) * (2**64 + 1), "inc": 1}
+    state: Any = {"bit_generator": "PCG64DXSM", "state": at, "has_uint32": 0, "uinteger": 0}
+    bits.state = state
+    return bits.random_raw(-(-size // LANES)).view(np.int16)[:size]
 
 
 class Affine(torch.autograd.Function):
@@ -130,30 +145,33 @@ class DropAdd(torch.autograd.Function):
     """residual + dropout(x); residual None is dropout alone."""
 
     @staticmethod
-    def forward(ctx, x, residual, p):
-        ctx.mask = keep_mask(x.shape, p, x.dtype)
+    def forward(ctx, x, residual, p, poems: Poems):
+        sizes = (poems.starts.diff() * x.shape[-1]).tolist()
+        ctx.mask = keep_mask(sizes, poems.seeds, p, x.dtype).view(x.shape)
         ctx.residual = residual is not None
         return x * ctx.mask if residual is None else torch.addcmul(residual, x, ctx.mask)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return dy * ctx.mask, dy if ctx.residual else None, None
+        return dy * ctx.mask, dy if ctx.residual else None, None, None
 
 
 class CausalAttention(torch.autograd.Function):
-    """qkv (B, T, 3 * D) -> (B, T, D), attention weights dropped with probability p.
+    """qkv (B, T, 3 * D) -> (B, T, D), attention weights dropped with probability p, by seeds (B,) int64.
 
     With weights P = softmax(scale * q k^T) and what is left of them by dropout R = P * mask, the output is R v and, since
     dP * P = dR * R, the softmax's gradient is dR * R - P * rowsum(dR * R): the mask itself need not be kept.
     """
 
     @staticmethod
-    def forward(ctx, qkv, heads, scale, p):
+    def forward(ctx, qkv, heads, scale, p=0.0, seeds=None):
         batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         parts = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, -1)
         q, k, v = parts  # (B * H, T, D / H)
-        weights, left = _causal_softmax(q, k, scale, p)  # (B * H, T, T)
+        weights = _causal_softmax(q, k, scale)  # (B * H, T, T)
+        sizes = [heads * length * length] * batch
+        left = weights * keep_mask(sizes, seeds, p, weights.dtype).view_as(weights) if p > 0 else weights
         ctx.save_for_backward(parts, weights, left)
         ctx.scale = scale
         return torch.bmm(left, v).view(batch, heads, length, -1).transpose(1, 2).reshape(batch, length, width)
@@ -174,12 +192,11 @@ class CausalAttention(torch.autograd.Function):
         torch.bmm(dscores, k, out=dparts[0])
         torch.bmm(dscores.transpose(1, 2), q, out=dparts[1])
         dqkv = dparts.view(3, batch, heads, length, -1).permute(1, 3, 0, 2, 4).reshape(batch, length, 3 * width)
-        return dqkv, None, None, None
+        return dqkv, None, None, None, None
 
 
-def _causal_softmax(q: Tensor, k: Tensor, scale: float, p: float) -> tuple[Tensor, Tensor]:
-    """q, k (B * H, T, D / H) -> attention's weights, and what dropout leaves of them, both (B * H, T, T)."""
+def _causal_softmax(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """q, k (B * H, T, D / H) -> attention's weights (B * H, T, T)."""
     future = torch.full((q.shape[1], q.shape[1]), -math.inf, dtype=q.dtype).triu_(1)
     scores = torch.baddbmm(future, q, k.transpose(1, 2), alpha=scale)
-    weights = torch.softmax(scores, -1, out=scores) if scores.dtype == torch.float32 else torch.softmax(scores, -1)
-    return weights, weights * keep_mask(weights.shape, p, weights.dtype) if p > 0 else weights
+    return torch.softmax(scores, -1, out=scores) if scores.dtype == torch.float32 else torch.softmax(scores, -1)

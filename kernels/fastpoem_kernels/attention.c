@@ -204,17 +204,17 @@ size attention_scratch(const int32_t *starts, size poems, size width, int thread
 }
 
 /* qkv (N, 3 * H * D), bias (3 * H * D,) -> out (N, H * D) and, for the backward pass, stats (H, N, 2): the largest of a row of q k^T, and
-   1 / the sum of exponentials. */
+   1 / the sum of exponentials. seeds (poems,) */
 void attention(const float *restrict qkv, const float *restrict bias, float *restrict out, float *restrict stats, float *restrict scratch,
-               const int32_t *restrict starts, size poems, size heads, size width, float scale, const size *seed, size dropped,
+               const int32_t *restrict starts, size poems, size heads, size width, float scale, const size *seeds, size dropped,
                int threads) {
-    uint64_t bits = *seed;
     float keep = scale_of(dropped);
     size all = heads * width, n = starts[poems], deep = padded(width);
     size longest = longest_of(starts, poems), each = scratch_of(longest, width);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (size task = 0; task < poems * heads; task++) {
         size poem = task / heads, head = task % heads, start = starts[poem], length = starts[poem + 1] - start;
+        uint64_t bits = seed_of(seeds[poem], head);
         size wide = padded(length), room = wide + 2 * LANES, band = band_of(length);
         const float *from = qkv + start * 3 * all + head * width, *shift = bias + head * width;
         float *q = scratch + omp_get_thread_num() * each, *v = q + length * deep, *kt = v + length * deep, *p = kt + deep * wide;
@@ -227,7 +227,7 @@ void attention(const float *restrict qkv, const float *restrict bias, float *res
             for (size i = top; i < bottom; i++) {
                 float *restrict a = p + (i - top) * room;
                 size row = head * n + start + i, seen = padded(least(i / DOWN * DOWN + DOWN, bottom));
-                uint32_t first = (uint32_t)(row * longest);
+                uint32_t first = (uint32_t)(i * (i + 1) / 2); /* whatever the length; a row's future is 0 */
                 if (head + 1 < heads) {
                     ask(from + i * 3 * all + width, 3, all, width, 0);
                     ask(out + (start + i) * all + (head + 1) * width, 1, all, width, 1);
@@ -248,15 +248,15 @@ void attention(const float *restrict qkv, const float *restrict bias, float *res
 /* dout (N, H * D) -> dqkv (N, 3 * H * D), dbias (3 * H * D,) its sum over rows; sums (poems, 3 * H * D) is scratch, the rest as above */
 void attention_backward(const float *restrict qkv, const float *restrict bias, const float *restrict stats, const float *restrict dout,
                         float *restrict dqkv, float *restrict dbias, double *restrict sums, float *restrict scratch,
-                        const int32_t *restrict starts, size poems, size heads, size width, float scale, const size *seed, size dropped,
+                        const int32_t *restrict starts, size poems, size heads, size width, float scale, const size *seeds, size dropped,
                         int threads) {
-    uint64_t bits = *seed;
     float keep = scale_of(dropped);
     size all = heads * width, n = starts[poems], deep = padded(width);
     size longest = longest_of(starts, poems), each = scratch_of(longest, width);
 #pragma omp parallel for schedule(dynamic, 4) num_threads(threads)
     for (size task = 0; task < poems * heads; task++) {
         size poem = task / heads, head = task % heads, start = starts[poem], length = starts[poem + 1] - start;
+        uint64_t bits = seed_of(seeds[poem], head);
         size wide = padded(length), room = wide + 2 * LANES, band = band_of(length);
         const float *from = qkv + start * 3 * all + head * width, *shift = bias + head * width;
         float *q = scratch + omp_get_thread_num() * each, *k = q + length * deep, *d = k + length * deep; /* (T, D) */
@@ -281,7 +281,7 @@ void attention_backward(const float *restrict qkv, const float *restrict bias, c
                     ask(dout + (start + i) * all + (head + 1) * width, 1, all, width, 0);
                     ask(dq + i * 3 * all + width, 3, all, width, 1);
                 }
-                uint32_t first = (uint32_t)(row * longest);
+                uint32_t first = (uint32_t)(i * (i + 1) / 2);
                 exponentials(l, i + 1, seen, scale, stats[2 * row]);
 #pragma omp simd
                 for (size j = 0; j < seen; j++) {

@@ -57,25 +57,49 @@ void gelu_backward(const float *restrict h, float *restrict dy, float *restrict 
     }
 }
 
-/* x (N, W) becomes residual + kept * (x + bias) */
-void drop_add(float *restrict x, const float *restrict bias, const float *restrict residual, size rows, size width, const size *seed,
-              size dropped, int threads) {
-    uint64_t bits = *seed;
+/* The poem that row i is of, which is none before `poem`. Poem s has rows starts[s] ... starts[s + 1] - 1, and may have none. */
+static inline size poem_of(const int32_t *starts, size poem, size i) {
+    while (starts[poem + 1] <= i) poem++;
+    return poem;
+}
+
+/* y (N, W) = kept * x; seeds (poems,) */
+void drop(const float *restrict x, float *restrict y, const int32_t *restrict starts, size poems, size width, const size *restrict seeds,
+          size dropped, int threads) {
+    size poem = 0; /* a thread's rows come in order */
     float scale = scale_of(dropped);
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (size i = 0; i < rows; i++) {
+#pragma omp parallel for schedule(static) firstprivate(poem) num_threads(threads)
+    for (size i = 0; i < starts[poems]; i++) {
+        const float *restrict a = x + i * width;
+        float *restrict b = y + i * width;
+        poem = poem_of(starts, poem, i);
+        uint64_t bits = seeds[poem];
+        uint32_t first = (uint32_t)((i - starts[poem]) * width);
+#pragma omp simd
+        for (size j = 0; j < width; j++) b[j] = a[j] * kept(bits, first + (uint32_t)j, dropped, scale);
+    }
+}
+
+/* x (N, W) becomes residual + kept * (x + bias) */
+void drop_add(float *restrict x, const float *restrict bias, const float *restrict residual, const int32_t *restrict starts, size poems,
+              size width, const size *restrict seeds, size dropped, int threads) {
+    size poem = 0;
+    float scale = scale_of(dropped);
+#pragma omp parallel for schedule(static) firstprivate(poem) num_threads(threads)
+    for (size i = 0; i < starts[poems]; i++) {
         float *restrict a = x + i * width;
         const float *restrict r = residual + i * width;
-        uint32_t first = (uint32_t)(i * width);
+        poem = poem_of(starts, poem, i);
+        uint64_t bits = seeds[poem];
+        uint32_t first = (uint32_t)((i - starts[poem]) * width);
 #pragma omp simd
         for (size j = 0; j < width; j++) a[j] = r[j] + (a[j] + bias[j]) * kept(bits, first + (uint32_t)j, dropped, scale);
     }
 }
 
 /* dx (N, W) = kept * dy; dbias (W,) its sum over rows */
-void drop_add_backward(const float *restrict dy, float *restrict dx, float *restrict dbias, size rows, size width, const size *seed,
-                       size dropped, int threads) {
-    uint64_t bits = *seed;
+void drop_add_backward(const float *restrict dy, float *restrict dx, float *restrict dbias, const int32_t *restrict starts, size poems,
+                       size width, const size *restrict seeds, size dropped, int threads) {
     float scale = scale_of(dropped);
     size stripe = stripe_of(width, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -83,10 +107,12 @@ void drop_add_backward(const float *restrict dy, float *restrict dx, float *rest
         size n = width - from < stripe ? width - from : stripe;
         double sum[n];
         memset(sum, 0, sizeof sum);
-        for (size i = 0; i < rows; i++) {
+        for (size i = 0, poem = 0; i < starts[poems]; i++) {
             const float *restrict a = dy + i * width + from;
             float *restrict d = dx + i * width + from;
-            uint32_t first = (uint32_t)(i * width + from);
+            poem = poem_of(starts, poem, i);
+            uint64_t bits = seeds[poem];
+            uint32_t first = (uint32_t)((i - starts[poem]) * width + from);
 #pragma omp simd
             for (size j = 0; j < n; j++) {
                 float g = a[j] * kept(bits, first + (uint32_t)j, dropped, scale);

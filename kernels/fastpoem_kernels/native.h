@@ -1,7 +1,7 @@
 /* What the C of this folder shares: e^x, and the random bits of dropout.
 
-   Random bits are a hash of a seed and an element's number, so that a backward pass makes a mask again instead of reading it, and any number
-   of threads makes the same one. */
+   Random bits are a hash of a poem's seed and an element's number in the poem, so that a backward pass makes a mask again instead of reading
+   it, and any number of threads, any other poems beside it, and a padded batch or a packed one make the same. */
 
 #pragma once
 #include <math.h>
@@ -37,6 +37,13 @@ static inline uint32_t mixed(uint32_t x) {
 }
 static inline float kept(uint64_t seed, uint32_t element, size dropped, float scale) {
     return mixed(mixed(element + (uint32_t)seed) ^ (uint32_t)(seed >> 32)) >= (uint32_t)dropped ? scale : 0.0f;
+}
+/* A seed for each of several masks of a poem: SplitMix64's next but `part`. */
+static inline uint64_t seed_of(uint64_t seed, size part) {
+    uint64_t x = seed + (uint64_t)(part + 1) * 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
 }
 /* Dropped with probability dropped / 2^32, the rest scaled so that the expectation is exact. */
 static float scale_of(size dropped) { return (float)(4294967296.0 / (4294967296.0 - dropped)); }
