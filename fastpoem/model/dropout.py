@@ -28,7 +28,8 @@ class Masks(NamedTuple):
     @classmethod
     def drawn(cls) -> Masks:
         """By PyTorch's generator: others every time."""
-        return cls(int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)), 0)
+        (key,) = torch.empty(1, dtype=torch.int64, device="cpu").random_(-(2**63), None).tolist()
+        return cls(key, 0)
 
     def seeds(self, dropouts: int, poems: int) -> Tensor:
         """(dropouts, P) int64, no two equal: SplitMix64 (Steele, Lea & Flood, 2014), a dropout's poems beginning 2^32 after those of the last."""
