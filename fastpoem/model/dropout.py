@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,23 +28,25 @@ class Masks(NamedTuple):
     @classmethod
     def drawn(cls) -> Masks:
         """By PyTorch's generator: others every time."""
-        return cls(int(torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)), 0)
+        (key,) = torch.empty(1, dtype=torch.int64, device="cpu").random_(-(2**63), None).tolist()
+        return cls(key, 0)
 
     def seeds(self, dropouts: int, poems: int) -> Tensor:
         """(dropouts, P) int64, no two equal: SplitMix64 (Steele, Lea & Flood, 2014), a dropout's poems beginning 2^32 after those of the last."""
-        poem = torch.arange(self.first, self.first + poems, device="cpu")
-        number = 2**32 * torch.arange(dropouts, device="cpu")[:, None] + poem  # (dropouts, P)
-        return _mixed(_mixed(torch.tensor(self.key, device="cpu") + GOLDEN) + number * GOLDEN)
+        dropout, poem = np.arange(dropouts, dtype=np.uint64), np.arange(self.first, self.first + poems, dtype=np.uint64)
+        begin = _mixed(np.array([self.key], dtype=np.int64).view(np.uint64) + GOLDEN)  # (1,)
+        seeds = _mixed(begin + GOLDEN * (2**32 * dropout[:, None] + poem))
+        return torch.from_numpy(seeds.view(np.int64))
 
 
-GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # odd: with it and a mixer that can be undone, other numbers are other seeds
+GOLDEN = 0x9E3779B97F4A7C15  # odd: with it and a mixer that can be undone, other numbers are other seeds
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """int64 -> int64, SplitMix64's finalizer. Products wrap."""
-    x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
-    return x ^ (x >> 31 & 2**33 - 1)
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """uint64 -> uint64, SplitMix64's finalizer. Products wrap. (NumPy's integers have no sign and less to do before an operation.)"""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9
+    x = (x ^ x >> 27) * 0x94D049BB133111EB
+    return x ^ x >> 31
 
 
 class Poems(NamedTuple):

@@ -44,18 +44,16 @@ def keep_mask(sizes: Sequence[int], seeds: Tensor, p: float, dtype: torch.dtype)
     so that the expectation is exact (in bfloat16, to its rounding). seeds (P,) int64: an element's follows from its poem's, and its number."""
     dropped = round(p * LEVELS)
     bits = np.random.PCG64DXSM(0)  # PyTorch's own generator takes 32 bits of a seed, and is slower
-    drawn = [_lanes(bits, seed, size) for seed, size in zip(seeds.tolist(), sizes, strict=True)]
+    begin = {"state": 0, "inc": 1}
+    state: Any = {"bit_generator": "PCG64DXSM", "state": begin, "has_uint32": 0, "uinteger": 0}
+    drawn = []
+    for seed, size in zip(seeds.tolist(), sizes, strict=True):
+        begin["state"] = (seed % 2**64) * (2**64 + 1)
+        bits.state = state
+        drawn.append(bits.random_raw(-(-size // LANES)).view(np.int16)[:size])
     lanes = torch.from_numpy(np.concatenate(drawn))  # (n,), uniform in [-2**15, 2**15)
     mask = torch.ge(lanes, dropped - LEVELS // 2, out=torch.empty(len(lanes), dtype=dtype))
     return mask.mul_(LEVELS / (LEVELS - dropped))
-
-
-def _lanes(bits: np.random.PCG64DXSM, seed: int, size: int) -> np.ndarray:
-    """(size,) int16: the first of a stream that begins at the seed."""
-    at = {"state": (seed % 2**64) * (2**64 + 1), "inc": 1}
-    state: Any = {"bit_generator": "PCG64DXSM", "state": at, "has_uint32": 0, "uinteger": 0}
-    bits.state = state
-    return bits.random_raw(-(-size // LANES)).view(np.int16)[:size]
 
 
 class Affine(torch.autograd.Function):
