@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -49,9 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = fit(config, voice, prog("generate"))
     if run.stopped_by is not None:
         again = [*argv, *([] if config.out else ["--out", str(run.folder)]), *([] if config.resume else ["--resume"])]
-        voice.say("stopped after a complete checkpoint; go on with: {0}", f"{prog('train')} {shlex.join(again)}")
+        voice.say("stopped after a complete checkpoint; go on with: {0}", f"{_called()} {shlex.join(again)}")
         return 128 + run.stopped_by
     return 0
+
+
+def _called() -> str:
+    """How this command was started."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return prog("train") if processes == "1" else f"torchrun --nproc-per-node {processes} -m fastpoem.train"
 
 
 def read_settings(argv: Sequence[str]) -> tuple[TrainConfig, bool]:

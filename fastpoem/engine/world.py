@@ -79,9 +79,12 @@ class World:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
         forever = datetime.timedelta(days=30)
         try:
-            self._store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
+            store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
         except ValueError as error:
             raise InputError("torchrun", first_line(error), "start the processes with torchrun") from None
+        self._store = dist.PrefixStore(
+            f"fastpoem/{self.restarts}", store
+        )  # which torchrun keeps when it starts all again
         self.meet()
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self._answered():
@@ -185,7 +188,7 @@ class World:
 
     def _name(self) -> str:
         self._names += 1
-        return f"fastpoem/{self._names}"
+        return str(self._names)
 
     def _wait(self, over: Callable[[], bool]) -> None:
         with self._answered():

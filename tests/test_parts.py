@@ -1,0 +1,216 @@
+"""A step in parts, among processes and micro-batches: the numbers of the whole one. The processes are simulated one after the other here, each
+with a model of its own; tests/test_torchrun.py has real ones."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastpoem.corpus.feed import Feed, share, size_of_share
+from fastpoem.corpus.plan import Step
+from fastpoem.corpus.store import TokenStore, prepare_store
+from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.engine.graphs import Graphs
+from fastpoem.engine.optim import FlatAdamW
+from fastpoem.engine.step import Pieces, TrainStep, evaluate
+from fastpoem.engine.world import World
+from fastpoem.errors import Ended
+from fastpoem.model.dropout import Masks
+from fastpoem.model.gpt2 import GPT2, GPT2Config
+from fastpoem.model.hub import BUNDLED
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts") / "store"
+    prepare_store(BUNDLED / "poems.txt", PoemTokenizer.load(BUNDLED / "model"), folder, buckets=4)
+    return TokenStore.open(folder)
+
+
+def batches(store, poems, steps, seed):
+    """So many batches of `poems` poems whatever their length, by `seed`."""
+    generator = np.random.default_rng(seed)
+    for _ in range(steps):
+        bucket = generator.integers(0, len(store.buckets), poems)
+        index = np.array([generator.integers(0, store.buckets[one].rows) for one in bucket])
+        yield Step(store.buckets[bucket.max()].length, bucket, index)
+
+
+def make(store, poems, *, parts=1, accumulate=1, pad_targets=False, dropout=0.3, max_norm=1.0, dtype=torch.float32):
+    """The step of one process; of a divided one, what is summed is left to the test."""
+    model = GPT2(
+        GPT2Config(store.vocab_size, 80, 16, 2, 2, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
+    )
+    model.initialise(0)
+    optimizer = FlatAdamW(model.train(), CPU, dtype, weight_decay=0.01, max_norm=max_norm)
+    poems = size_of_share(poems, parts)
+    source = torch.zeros(poems * store.buckets[-1].length, dtype=torch.int16)
+    divided = dict(reduce=World().reduce, accumulate=accumulate) if parts > 1 else {}
+    return TrainStep(
+        Pieces.plain(model, CPU),
+        optimizer,
+        source,
+        poems=poems,
+        pad_id=store.pad_id,
+        pad_targets=pad_targets,
+        **divided,
+    )
+
+
+def together(steps, feed, batch, accumulate, key, lr=1e-2, spoil=None):
+    """One step of all processes. spoil: is given each process's sums before they are added up."""
+    parts = len(steps) * accumulate
+    for rank, step in enumerate(steps):
+        for part in range(rank * accumulate, (rank + 1) * accumulate):
+            rows = feed(batch, part, parts)
+            step.masks = Masks(key, rows.first)
+            step.send(rows, lr)
+            step.micro(rows.shape)
+        if spoil is not None:
+            spoil(step, rank)
+    total = sum(step.sums.flat for step in steps)
+    for step in steps:
+        step.sums.flat.copy_(total)
+        step.update()
+
+
+KINDS = [("bucket", False), ("pack", False), ("pad", False), ("pad", True)]
+
+
+@settings(max_examples=40)
+@given(
+    poems=st.integers(1, 9), ranks=st.integers(1, 4), accumulate=st.integers(1, 3), kind=st.sampled_from(KINDS),
+    rounded=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_division_has_the_numbers_of_the_whole(store, poems, ranks, accumulate, kind, rounded, seed):
+    parts = ranks * accumulate
+    if not 1 < parts <= poems:
+        return
+    pad_targets, feed = kind[1], Feed(store, kind[0], rounded)
+    whole = make(store, poems, pad_targets=pad_targets)
+    steps = [make(store, poems, parts=parts, accumulate=accumulate, pad_targets=pad_targets) for _ in range(ranks)]
+    for number, batch in enumerate(batches(store, poems, 3, seed)):
+        whole(feed(batch), 1e-2, key=number)
+        together(steps, feed, batch, accumulate, number)
+        mine, theirs = whole.result(), steps[0].result()
+        assert theirs.loss == pytest.approx(mine.loss, rel=1e-6) and theirs.norm == pytest.approx(mine.norm, rel=1e-5)
+        assert (theirs.correct, theirs.counted, theirs.skipped) == (mine.correct, mine.counted, mine.skipped)
+    assert torch.equal(steps[0].account.losses, steps[-1].account.losses)
+    for step in steps:
+        assert torch.equal(step.optimizer.master, steps[0].optimizer.master)
+    # Adam makes the rounding of a gradient near zero as large as its rate.
+    apart = (whole.optimizer.master - steps[0].optimizer.master).abs()
+    assert (apart > 1e-4).float().mean() < 0.01 and apart.max() < 0.04
+
+
+def test_shares_are_as_equal_as_can_be():
+    for poems in range(1, 40):
+        for parts in range(1, poems + 1):
+            sizes = [len(range(poems)[share(poems, part, parts)]) for part in range(parts)]
+            assert sum(sizes) == poems and max(sizes) - min(sizes) <= 1 and max(sizes) == size_of_share(poems, parts)
+
+
+def average(step, rank):
+    step.sums.flat.mul_(0.5)
+
+
+def clip_first(step, rank):
+    step.sums.gradient.mul_(min(1.0, 0.1 / step.sums.gradient.norm().item()))
+
+
+def one_mask_for_all(step, rank):
+    """As if each process took its first poem for the step's: a second backward pass with that mask in place of the right one."""
+    step.sums.flat.zero_()
+    step.masks = step.masks._replace(first=0)
+    step.micro(step.sent)
+
+
+@pytest.mark.parametrize("fault", ["none", "average", "local count", "clip first", "one mask for all"])
+def test_what_goes_wrong_elsewhere_is_seen(store, fault, monkeypatch):
+    """The control of the law above: losses of the whole against those with a planted fault."""
+    clip = 0.1 if fault == "clip first" else 1.0
+    whole = make(store, 6, max_norm=clip)
+    steps = [make(store, 6, parts=2, max_norm=clip) for _ in range(2)]
+    feed = Feed(store, "bucket")
+    if fault == "local count":
+        monkeypatch.setattr("fastpoem.corpus.feed.Rows.share", lambda rows, pad_targets: 0.5)
+    for step in steps:
+        micro = step.micro
+        step.micro = lambda shape, step=step, micro=micro: (setattr(step, "sent", shape), micro(shape))
+    spoil = {"average": average, "clip first": clip_first, "one mask for all": one_mask_for_all}.get(fault)
+    norms = []
+    for number, batch in enumerate(batches(store, 6, 3, 5)):
+        whole(feed(batch), 1e-2, key=number)
+        together(steps, feed, batch, 1, number, spoil=spoil)
+        norms.append(abs(steps[0].result().norm / whole.result().norm - 1))
+    assert (max(norms) < 1e-5) is (fault == "none"), norms
+
+
+def test_what_is_not_finite_anywhere_is_skipped_everywhere(store):
+    steps = [make(store, 4, parts=2) for _ in range(2)]
+    before = steps[0].optimizer.master.clone()
+
+    def spoil(step, rank):
+        if rank == 1:
+            step.sums.gradient[3] = torch.inf
+
+    (batch,) = batches(store, 4, 1, 0)
+    together(steps, Feed(store, "bucket"), batch, 1, 0, spoil=spoil)
+    for step in steps:
+        assert step.result().skipped and torch.equal(step.optimizer.master, before) and not step.sums.counts.any()
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_replayed_in_parts(store, accumulate, dtype):
+    """The discipline of recordings, with an update recorded once: what a part leaves is spoiled where nothing may read it."""
+    plain, replayed = (make(store, 7, parts=6, accumulate=accumulate, dtype=dtype) for _ in range(2))
+    graphs = Graphs(replayed, print)
+    replayed.launch, replayed.launch_update = graphs, graphs.update
+    feed = Feed(store, "bucket", rounded=True)
+    shapes = [feed(batch, 0, 6).shape for batch in batches(store, 7, 2, 1)]
+    before = replayed.optimizer.master.clone()
+    graphs.record(shapes)
+    assert torch.equal(replayed.optimizer.master, before) and not replayed.sums.flat.any()
+    for number, batch in enumerate(batches(store, 7, 4, 1)):
+        for step in (plain, replayed):
+            step.parts([feed(batch, part, 6) for part in range(accumulate)], 1e-2, key=number)
+    assert torch.equal(plain.optimizer.master, replayed.optimizer.master)
+    assert torch.equal(plain.account.sums, replayed.account.sums) and plain.totals().skipped == 0
+
+
+def test_a_part_that_fails_is_told_and_raised(store):
+    step, told = make(store, 4, parts=2), []
+    step.reduce = lambda sums, error: told.append(error) or World().reduce(sums, error)
+    feed, (batch,) = Feed(store, "bucket"), batches(store, 4, 1, 0)
+    step.micro = lambda shape: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        step(feed(batch, 0, 2), 1e-2)
+    assert isinstance(told[0], ZeroDivisionError)
+
+
+def test_what_processes_tell_one_another():
+    world = World(rank=1, size=4)
+    world._hear(torch.tensor([2.0, 30.0, 0.0, 0.0, 1.0]))
+    assert world.told == (15, True)
+    world._hear(torch.zeros(5))
+    assert world.told == (None, False)
+    with pytest.raises(Ended, match="process 2 of 4 failed in this step, and said why"):
+        world._hear(torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0]))
+    world._hear(torch.tensor([0.0, 0.0, 1.0, 2.0, 0.0]))  # itself: its own error is raised
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_validation_does_not_depend_on_how_many_share_it(store, size):
+    model, feed = make(store, 4).optimizer.module, Feed(store, "bucket")
+    rows = [feed(batch) for batch in batches(store, 3, 4, 2)]
+    parts = []
+    for rank in range(size):
+        evaluate(
+            model, rows, CPU, store.pad_id, rank=rank, size=size, add_up=lambda tensor: parts.append(tensor) or tensor
+        )
+    found = evaluate(model, rows, CPU, store.pad_id, rank=0, size=size, add_up=lambda tensor: sum(parts))
+    assert found == evaluate(model, rows, CPU, store.pad_id)

@@ -1,0 +1,204 @@
+"""Training on several processes, as torchrun starts them (gloo, on a CPU): the same run for any number, and an end for all when one ends."""
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fastpoem
+from fastpoem.run import checkpoint
+from tests.runs import ENVIRONMENT, rows, settings
+
+LIMIT = 240  # seconds, on busy cores
+
+
+def command(processes: int, *flags: object) -> list[str]:
+    alone = [sys.executable, "-m"]
+    several = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m"]
+    return [*(alone if processes == 1 else several), "fastpoem.train", *map(str, flags)]
+
+
+def flags(base: Path, out: Path, **changes) -> list[object]:
+    """The command line's flags for `settings`."""
+    found: list[object] = []
+    for name, value in settings(base, out=str(out), **changes).items():
+        flag = "--" + name.replace("_", "-")
+        found += ([flag] if value else []) if isinstance(value, bool) else [flag, value]
+    return found
+
+
+def train(processes: int, base: Path, out: Path, **changes) -> str:
+    """What the command says, with a run in `out` at the end."""
+    done = subprocess.run(
+        command(processes, *flags(base, out, **changes)), env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def assert_same_numbers(one: Path, other: Path) -> None:
+    """Every row of both runs: counts equal, losses within rounding."""
+    mine, theirs = rows(one), rows(other)
+    assert len(mine) == len(theirs)
+    for row, same in zip(mine, theirs, strict=True):
+        assert row.keys() == same.keys()
+        for name, value in row.items():
+            if name == "grad_norm":
+                assert same[name] == pytest.approx(value, rel=1e-4)
+            else:
+                assert same[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), (
+                    name,
+                    row,
+                )
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    """One process, dropout on."""
+    return fastpoem.fit(**settings(base, out=str(tmp_path_factory.mktemp("alone") / "run"))).folder
+
+
+def test_two_processes_are_one(alone, base, tmp_path):
+    said = train(2, base, tmp_path / "run", accumulate=2, log_every=1)
+    assert_same_numbers(alone, tmp_path / "run")
+    assert said.count("the trained model is in") == 1 and "step 42/42" in said  # one of them speaks
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in alone.iterdir()}
+    assert fastpoem.Run(tmp_path / "run").generate("春", count=1)
+
+
+def test_it_goes_on_with_another_number_of_processes(alone, base, tmp_path):
+    """4, 2, 1 and 3, changed in the middle of an epoch."""
+    out = tmp_path / "run"
+    train(4, base, out, max_steps=10, sample_every=0)
+    for processes, steps in ((2, 19), (1, 27), (3, 42)):
+        train(processes, base, out, max_steps=steps, sample_every=0, resume=True)
+    every, whole = rows(out), rows(alone)
+    cut = [
+        row for row in every if row.get("event") != "epoch" or row["step"] % 14 == 0
+    ]  # a run cut short has its epoch's row
+    assert [row["step"] for row in cut] == [row["step"] for row in whole]
+    for row, same in zip(cut, whole, strict=True):
+        for name in ("loss", "mean_loss", "val_loss"):
+            assert row.get(name) == (pytest.approx(same[name], rel=1e-6) if same.get(name) else None)
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(device="cuda:7"), "--device cuda:7: cannot be shared by 2 processes; use --device cuda, with CUDA_VISIBLE_DEVICES"),
+    (dict(accumulate=3), "--batch-size 4: fewer poems than the 6 parts of a step (2 processes, 3 micro-batches each); raise it"),
+])  # fmt: skip
+def test_what_is_refused_is_said_once(base, tmp_path, changes, message):
+    done = subprocess.run(
+        command(2, *flags(base, tmp_path / "run", **changes)),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode != 0 and done.stderr.count("fastpoem: ") == 1 and message in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def of_rank(rank: int, out: Path) -> int:
+    """The process with this rank of those that train in `out`."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            line, variables = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes().split(b"\0")
+            if str(out).encode() in line and b"RANK=%d" % rank in variables:
+                return int(folder.name)
+    raise AssertionError(f"no process {rank} in {out}")
+
+
+@contextlib.contextmanager
+def training(processes: int, base: Path, out: Path, *options: str, after: int = 1, **changes):
+    """A run that would never end, with `after` checkpoints."""
+    log = out.with_name("log")
+    words = command(processes, *flags(base, out, epochs=10**6, log_every=100, save_every=20, sample_every=0, **changes))
+    words[3:3] = options
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            words, env={**ENVIRONMENT, "FASTPOEM_COLLECTIVE_SECONDS": "20"}, stderr=file, stdout=file
+        )
+    try:
+        wait(lambda: len(checkpoint.listed(out)) >= after, process)
+        yield process, lambda: log.read_text(encoding="utf-8")
+    finally:
+        process.kill()
+        for rank in range(processes):
+            with contextlib.suppress(AssertionError, ProcessLookupError):
+                os.kill(of_rank(rank, out), signal.SIGKILL)
+        process.wait()
+
+
+def wait(over, process: subprocess.Popen) -> None:
+    end = time.monotonic() + LIMIT
+    while not over():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("to", ["torchrun", 1])
+def test_a_signal_to_one_stops_all_after_one_step(base, tmp_path, to):
+    out = tmp_path / "run"
+    with training(2, base, out) as (process, said):
+        os.kill(process.pid if to == "torchrun" else of_rank(to, out), signal.SIGTERM)
+        assert process.wait(LIMIT) != 0
+    (step, newest), *_ = checkpoint.listed(out)
+    assert step >= 20 and newest == checkpoint.newest_whole(out)
+    assert (
+        said().count("stopped after a complete checkpoint; go on with: torchrun --nproc-per-node 2 -m fastpoem.train")
+        == 1
+    )
+    train(1, base, out, epochs=1, max_steps=step, log_every=100, sample_every=0, resume=True)  # whole
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_is_killed_ends_all(base, tmp_path, rank):
+    out = tmp_path / "run"
+    with training(3, base, out) as (process, said):
+        os.kill(of_rank(rank, out), signal.SIGKILL)
+        assert process.wait(LIMIT) != 0
+    assert "another of the 3 processes is gone; the newest checkpoint is whole: --resume goes on" in said()
+    assert checkpoint.newest_whole(out) is not None and "Traceback" not in said().split("torch/distributed")[0]
+
+
+@pytest.mark.slow
+def test_one_that_hangs_ends_all(base, tmp_path):
+    """Within the limit of a collective; torchrun then gives the one that hangs 30 s."""
+    out = tmp_path / "run"
+    with training(3, base, out) as (process, said):
+        os.kill(of_rank(1, out), signal.SIGSTOP)
+        assert process.wait(LIMIT) != 0
+    assert "another of the 3 processes did not answer for 20 s" in said()
+
+
+def test_torchrun_begins_again_by_itself(base, tmp_path):
+    """--max-restarts goes on from the newest checkpoint, without --resume."""
+    out = tmp_path / "run"
+    with training(2, base, out, "--max-restarts", "1") as (process, said):
+        os.kill(of_rank(1, out), signal.SIGKILL)
+        before = len(checkpoint.listed(out))
+        wait(lambda: re.search(r"step [0-9]+ of [0-9]+ is done: going on", said()), process)
+        newest = checkpoint.listed(out)[0]
+        wait(lambda: checkpoint.listed(out)[0] > newest, process)
+        assert before and process.poll() is None
+
+
+@pytest.mark.slow
+def test_fifty_kills_at_random_moments(base, tmp_path):
+    """Of a random process, before training too: all end, none hangs, and the newest checkpoint is whole."""
+    generator = random.Random(0)
+    for number in range(50):
+        out = tmp_path / f"run-{number}"
+        with training(2, base, out, after=0) as (process, _):
+            time.sleep(generator.uniform(1.0, 8.0))
+            with contextlib.suppress(AssertionError, ProcessLookupError):
+                os.kill(of_rank(generator.randrange(2), out), signal.SIGKILL)
+            assert process.wait(LIMIT) != 0
+        assert bool(checkpoint.listed(out)) is (checkpoint.newest_whole(out) is not None)
