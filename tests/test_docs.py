@@ -61,7 +61,7 @@ def test_both_languages_say_the_same(english, chinese):
 
 
 def test_a_page_of_the_users_half_is_there_in_chinese():
-    pages = ("usage", "coming-from", "gpu", "faults", "exactness", "speed", "how-it-works", "neighbours")
+    pages = ("usage", "coming-from", "gpu", "faults", "exactness", "speed", "how-it-works", "neighbours", "devices")
     for name in ("README", *(f"docs/{page}" for page in pages)):
         assert (ROOT / f"{name}.zh-CN.md").is_file(), name
 

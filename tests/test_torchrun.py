@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 
 import fastpoem
 from fastpoem.run import checkpoint
-from tests.runs import ENVIRONMENT, rows, settings
+from tests.runs import ENVIRONMENT, ROOT, rows, settings
 
 LIMIT = 240  # seconds, on busy cores
 
@@ -87,6 +88,18 @@ def test_it_goes_on_with_another_number_of_processes(alone, base, tmp_path):
     for row, same in zip(cut, whole, strict=True):
         for name in ("loss", "mean_loss", "val_loss"):
             assert row.get(name) == (pytest.approx(same[name], rel=1e-6) if same.get(name) else None)
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/devices.md"])
+def test_the_docs_command_runs(base, tmp_path, page):
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    (line,) = (line for line in lines if line.startswith("torchrun "))
+    words = shlex.split(line.partition("  #")[0])
+    more = ["--device", "cpu", "--from-scratch", "--max-steps", "2", "--model"]
+    process = [sys.executable, "-m", "torch.distributed.run", *words[1:], *more, str(base / "model")]
+    (tmp_path / "poems.txt").write_bytes((base / "poems.txt").read_bytes())
+    subprocess.run(process, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, check=True, timeout=LIMIT)
+    assert fastpoem.Run(tmp_path / words[-1]).metrics
 
 
 @pytest.mark.parametrize("changes, message", [
