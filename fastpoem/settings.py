@@ -21,6 +21,7 @@ class Settings(TypedDict, total=False):
     epochs: int
     max_steps: int | None
     batch_size: int
+    accumulate: int
     max_length: int | None
     batching: Literal["auto", "bucket", "pack", "pad"]
     buckets: int | None

@@ -384,7 +384,9 @@ def logits_of_nan(monkeypatch, steps):
     def poisoned(self):
         pieces = self.step.pieces
         if self.done + 1 in steps:
-            self.step.pieces = pieces._replace(model=lambda *given: pieces.model(*given) * float("nan"))
+            self.step.pieces = pieces._replace(
+                model=lambda *given, **masks: pieces.model(*given, **masks) * float("nan")
+            )
         try:
             one_step(self)
         finally:
@@ -461,13 +463,13 @@ def test_a_spike_is_reported_and_not_acted_on(base, untouched, tmp_path, monkeyp
     losses = torch.full((40,), 3.0) + torch.linspace(0, 0.1, 40)
     losses[34] = 9.0
     fed = itertools.count()
-    one_step = TrainStep.__call__
+    one_step = TrainStep.parts
 
-    def fake(self, rows, lr):
-        one_step(self, rows, lr)
+    def fake(self, *given):
+        one_step(self, *given)
         self.account.losses[-1] = losses[next(fed) % 40]
 
-    monkeypatch.setattr(TrainStep, "__call__", fake)
+    monkeypatch.setattr(TrainStep, "parts", fake)
     run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), log_every=10))
     assert "step 35: loss 9.0000 is" in capsys.readouterr().out
     found = [row for row in run.metrics if "spike_step" in row]
@@ -541,15 +543,15 @@ def test_settings_that_a_ready_store_cannot_follow_are_refused(base, tmp_path, c
 
 def test_what_a_cut_runs_last_row_told_is_told_again_when_it_goes_on(base, untouched, tmp_path, monkeypatch, capsys):
     """The row of a step that only --max-steps had logged goes; the skipped steps and the spike in it do not."""
-    one_step = TrainStep.__call__
+    one_step = TrainStep.parts
 
-    def spiking(self, rows, lr):
-        one_step(self, rows, lr)
+    def spiking(self, *given):
+        one_step(self, *given)
         count.append(0)
         if len(count) == 36:
             self.account.losses[-1] = 99.0
 
-    monkeypatch.setattr(TrainStep, "__call__", spiking)
+    monkeypatch.setattr(TrainStep, "parts", spiking)
     logits_of_nan(monkeypatch, {32, 34})
     common = settings(base, log_every=10, schedule="constant")
     count: list[int] = []

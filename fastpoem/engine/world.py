@@ -76,7 +76,10 @@ class World:
         said (it says one)."""
         if self.size == 1:
             return
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.local_size))
+        cores = (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )  # macOS has none
+        torch.set_num_threads(max(1, cores // self.local_size))
         forever = datetime.timedelta(days=30)
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
@@ -164,13 +167,15 @@ class World:
             return
         stop, save = self.tells()
         mine = [stop is not None, stop or 0, error is not None, (self.rank + 1) * (error is not None), save]
-        sums.told.copy_(torch.tensor(mine, dtype=torch.float32))
+        on_gpu = sums.flat.is_cuda  # which is never waited for: what goes there and back is pinned
+        sums.told.copy_(torch.tensor(mine, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
         if error is not None:
             sums.gradient.zero_()
         self.add_up(sums.flat)
-        if sums.flat.is_cuda:
-            late, self._on_the_way = self._on_the_way, (sums.told.to("cpu", non_blocking=True), torch.cuda.Event())
-            self._on_the_way[1].record()
+        if on_gpu:
+            heard = torch.empty(len(mine), pin_memory=True).copy_(sums.told, non_blocking=True)
+            late, self._on_the_way = self._on_the_way, (heard, torch.cuda.Event())
+            self._on_the_way[1].record(torch.cuda.current_stream(sums.flat.device))
             if late is not None:
                 late[1].synchronize()
                 self._hear(late[0])

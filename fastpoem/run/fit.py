@@ -95,7 +95,7 @@ def fit(
                 raise NotSaved(
                     f"{reason}; the last checkpoint is complete: make room, then --resume writes it"
                 ) from error
-    run = Run(loop.folder, loop.metrics.rows, stopped)
+    run = Run(loop.folder, loop.metrics.rows, loop.stopped_by(stop))
     if run.stopped_by is None:
         loop.voice.table(after(loop, generate))
         if about is not None:

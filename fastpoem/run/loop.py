@@ -179,6 +179,7 @@ class Loop:
             if self.stopped_by(stop) is not None and (self.done, self._epoch_due) != self._saved_at:
                 self.save(passing=True, last=True)
             self._finish_saving(stop)
+            self.world.meet()
             stopped = self.stopped_by(stop)
             if stopped is None and self.done < self.last_step:
                 self.voice.say(f"stopped after {self.best.since} epochs without a lower validation loss (--patience)")
@@ -262,6 +263,8 @@ class Loop:
         try:
             self.on_row(dict(self.metrics.rows[-1]))
         except BaseException as error:
+            if self.world.size > 1:  # a checkpoint is made by all, who know nothing of this
+                raise
             if (self.done, self._epoch_due) != self._saved_at:
                 self.save(passing=True, last=True)
             self.saver.wait()
@@ -310,6 +313,8 @@ class Loop:
         account.most_failed.zero_()
         self.save(passing=True, last=True)
         self.saver.wait()
+        if not self.world.is_first:
+            raise Diverged(f"step {self.done}: loss or gradient was not finite, as process 0 says")
         saved = checkpoint.newest_whole(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
         try:
@@ -374,14 +379,16 @@ class Loop:
             and time.monotonic() - self.saver.ended >= SAVE_SECONDS
         )
 
-    def save(self, *, passing: bool = False, last: bool = False) -> None:
+    def save(self, *, passing: bool = False, last: bool = False, again: bool = False) -> None:
         """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread.
 
-        passing: it is not due, and makes way for the next that is. last: training does not go on after it."""
+        passing: it is not due, and makes way for the next that is. last: training does not go on after it. again: the disk refused it
+        before."""
         with self.voice.phase("waiting for the last checkpoint to be written"):
             self.saver.wait()
         self._saved_at = (self.done, self._epoch_due)
-        self._agree()
+        if not again:
+            self._agree()
         if not self.world.is_first:
             return
         tensors, state, done = self.train_state.copy(), {**self.state(), "passing": passing}, self.done
@@ -418,7 +425,7 @@ class Loop:
                 break
             self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
             stop.wait(RETRY_SECONDS)
-            self.save(last=True)
+            self.save(last=True, again=True)
             self.saver.wait()
             self.metrics.flush()
         if self.saver.error is not None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from fastpoem.config import TrainConfig
 from fastpoem.engine.memory import most_held
+from fastpoem.engine.world import World
+from fastpoem.errors import InputError
 from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
@@ -25,6 +27,8 @@ ENOUGH = 30.0  # seconds
 
 def rehearse(config: TrainConfig, voice: Voice) -> None:
     """Print the plan of the run that `config` (checked) asks for, how long it will take and what memory. Raises InputError."""
+    if World.of_environment().size > 1:
+        raise InputError("--dry-run", "looks at a run of one process", "start it without torchrun")
     with (
         tempfile.TemporaryDirectory(prefix="fastpoem-") as scratch,
         assembled(config, voice, Path(scratch)) as (loop, _),
@@ -53,9 +57,10 @@ def seconds_a_step(loop: Loop) -> float:
         for number in range(-UNTIMED, TIMED):
             ask()
             at(max(0, number), TIMED)
-            rows = loop.feed(loop.order(0, max(0, number) * loop.order.steps // TIMED))
+            batch = loop.order(0, max(0, number) * loop.order.steps // TIMED)
+            parts = [loop.feed(batch, part, loop.parts) for part in loop.my_parts]
             begin, setup = time.perf_counter(), loop.step.setup_seconds
-            loop.step(rows, loop.config.lr or 0.0)
+            loop.step.parts(parts, loop.config.lr or 0.0)
             loop.step.result()  # waits for the device
             took.append(time.perf_counter() - begin - (loop.step.setup_seconds - setup))
             if sum(took) > ENOUGH and number > 0:

@@ -267,8 +267,8 @@ def test_a_stray_shape_is_caught(tiny, tmp_path, tape, monkeypatch):
     """It is recorded when it comes; that step is no lean one, and the next of that shape is."""
     feed = Feed.__call__
 
-    def longer(self, step):
-        rows = feed(self, step)
+    def longer(self, *given):
+        rows = feed(self, *given)
         return rows._replace(shape=rows.shape._replace(longest=rows.shape.longest + 1))
 
     with training(tiny, "--out", tmp_path / "run", "--compile", "off", "--log-every", 1000, "--val-poems", 0) as (
@@ -310,7 +310,7 @@ class LateShapes:
 
     def __init__(self, monkeypatch, since: int) -> None:
         feed, self.since = Feed.__call__, since
-        monkeypatch.setattr(Feed, "__call__", lambda one, step: self.lengthened(feed(one, step)))
+        monkeypatch.setattr(Feed, "__call__", lambda one, step, *part: self.lengthened(feed(one, step, *part)))
         self.count = 0
 
     def lengthened(self, rows):
