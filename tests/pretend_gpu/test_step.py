@@ -170,6 +170,18 @@ def test_without_dropout_nothing_is_beside_the_graph(tiny, tmp_path, tape):
         assert [entry.letter for entry in step.log.done] == ["M", "GL"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_step_in_micro_batches_is_a_launch_each_and_one_for_the_update(tiny, tmp_path, tape, precision):
+    more = ["--out", tmp_path / "run", "--compile", "off", "--dropout", 0, "--log-every", 1000, "--accumulate", 3]
+    with training(tiny, *more, "--batching", "bucket", "--precision", precision) as (loop, _):
+        begun = tape.take()
+        steps = observe(loop, tape)
+        assert len(begun.captures) == len(loop.step.launch.recorded) + 1  # the update, once for all lengths
+    for step in steps[1:-1]:
+        assert [entry.letter for entry in step.log.done] == ["M", "GL"] * 3 + ["GL"]
+        assert not (step.log.refused or step.log.captures or step.log.waits or step.log.allocations)
+
+
 def test_without_graphs_a_step_still_waits_for_nothing(tiny, tmp_path, tape):
     more = ["--out", tmp_path / "run", "--compile", "off", "--graphs", "off", "--epochs", 2, "--log-every", 1000]
     with training(tiny, *more) as (loop, _):
