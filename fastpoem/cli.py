@@ -21,7 +21,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
 
 from fastpoem import signals
 from fastpoem.config import OTHER_NAMES
-from fastpoem.errors import Ended, InputError, rank, say
+from fastpoem.errors import Elsewhere, Ended, InputError, rank, say
 from fastpoem.missing import missing
 
 Config = TypeVar("Config")
@@ -283,7 +283,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except Ended as error:
-        say(error)
+        if not (isinstance(error, Elsewhere) and rank() > 0):
+            say(error)
         code = 1
     except InputError as error:
         _leave_if_told()  # a compiler that Ctrl-C ended as well may look like the user's mistake

@@ -12,6 +12,10 @@ class Ended(RuntimeError):
     """A run that could not go on or could not be saved: what happened, and what to do. One line."""
 
 
+class Elsewhere(Ended):
+    """Another of the processes that train together has failed, and says why itself."""
+
+
 class InputError(Exception):
     """`thing`: the file, flag or value as the user wrote it. `reason`: why it cannot be used. `mend`: what to do instead. `here`: of the
     processes that torchrun started this one alone may have met it, and says so even if it is not the first."""

@@ -194,13 +194,13 @@ def test_a_part_that_fails_is_told_and_raised(store):
 
 def test_what_processes_tell_one_another():
     world = World(rank=1, size=4)
-    world._hear(torch.tensor([2.0, 30.0, 0.0, 0.0, 1.0]))
-    assert world.told == (15, True)
-    world._hear(torch.zeros(5))
+    world._hear(torch.tensor([1.0, 2.0, 0.0, 0.0, 0.0, 1.0]))  # SIGINT to one, SIGTERM to two
+    assert world.told == (2, True)
+    world._hear(torch.zeros(6))
     assert world.told == (None, False)
     with pytest.raises(Ended, match="process 2 of 4 failed in this step, and said why"):
-        world._hear(torch.tensor([0.0, 0.0, 1.0, 3.0, 0.0]))
-    world._hear(torch.tensor([0.0, 0.0, 1.0, 2.0, 0.0]))  # itself: its own error is raised
+        world._hear(torch.tensor([0.0, 0.0, 0.0, 1.0, 3.0, 0.0]))
+    world._hear(torch.tensor([0.0, 0.0, 0.0, 1.0, 2.0, 0.0]))  # itself: its own error is raised
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,7 +178,7 @@ def test_one_that_is_killed_ends_all(base, tmp_path, rank):
     with training(3, base, out) as (process, said):
         os.kill(of_rank(rank, out), signal.SIGKILL)
         assert process.wait(LIMIT) != 0
-    assert "another of the 3 processes is gone; the newest checkpoint is whole: --resume goes on" in said()
+    assert "another of the 3 processes is gone; --resume goes on from the newest checkpoint" in said()
     assert checkpoint.newest_whole(out) is not None and "Traceback" not in said().split("torch/distributed")[0]
 
 
@@ -201,6 +202,30 @@ def test_torchrun_begins_again_by_itself(base, tmp_path):
         newest = checkpoint.listed(out)[0]
         wait(lambda: checkpoint.listed(out)[0] > newest, process)
         assert before and process.poll() is None
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_restart_leaves_alone_what_it_did_not_begin(alone, base, tmp_path, processes):
+    """A run that stood there is refused again, not gone on with."""
+    out = tmp_path / "run"
+    shutil.copytree(alone, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--max-restarts", "1"]
+    words += ["-m", "fastpoem.train", *map(str, flags(base, out, epochs=4))]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode != 0 and done.stderr.count("holds a run already") == 2
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_one_script_trains_twice(base, tmp_path):
+    """The second run reads nothing that the first left with torchrun."""
+    script = tmp_path / "twice.py"
+    changes = settings(base, out=str(tmp_path / "run"), sample_every=0)
+    more = changes | {"resume": True, "epochs": 3}
+    script.write_text(f"import fastpoem\nfastpoem.fit(**{changes | {'epochs': 1}!r})\nfastpoem.fit(**{more!r})\n")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
+    subprocess.run(words, env=ENVIRONMENT, capture_output=True, check=True, timeout=LIMIT)
+    assert fastpoem.Run(tmp_path / "run").metrics[-1]["step"] == 42
 
 
 @pytest.mark.slow

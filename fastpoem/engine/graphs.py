@@ -51,11 +51,11 @@ class Graphs:
         """The largest first, so that the others find the memory they need in the pool."""
         with nothing_collected():
             largest_first = sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True)
-            for shape in largest_first:
+            for number, shape in enumerate(largest_first):
                 ask()
                 self._record(shape)
-            if self.step.sums is not None and largest_first:
-                self._record(largest_first[0], update=True)
+                if self.step.sums is not None and number == 0:
+                    self._record(shape, update=True)
 
     def __call__(self, shape: Shape) -> None:
         if shape not in self.recorded and not (self.broken or self.full):

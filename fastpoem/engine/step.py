@@ -130,12 +130,12 @@ class Sums(NamedTuple):
     gradient: Tensor  # (P,)
     loss: Tensor  # 0-D: over the valid targets
     counts: Tensor  # (3,): valid, correct, counted; exact up to 2^24 tokens a step
-    told: Tensor  # (5,): what a process tells all others (fastpoem.engine.world)
+    told: Tensor  # (6,): what a process tells all others (fastpoem.engine.world)
 
     @classmethod
     def of(cls, flat: Tensor) -> Sums:
         tail = flat[-ALIGN:]
-        return cls(flat, flat[:-ALIGN], tail[0], tail[1:4], tail[4:9])
+        return cls(flat, flat[:-ALIGN], tail[0], tail[1:4], tail[4:10])
 
 
 class TrainStep:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,12 +25,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastpoem.engine.step import Sums
-from fastpoem.errors import Ended, InputError, first_line
+from fastpoem.errors import Elsewhere, Ended, InputError, first_line
 from fastpoem.signals import ask
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SECONDS = float(os.environ.get("FASTPOEM_COLLECTIVE_SECONDS", "60"))  # that a process may be late for a collective
 LOOKS = 0.02  # seconds between two looks at what is waited for
 Value = TypeVar("Value")
+_joins = itertools.count()  # of this process: a second run of it must not read what the first left in the store
 
 
 class Told(NamedTuple):
@@ -58,35 +62,38 @@ class World:
     def of_environment(cls) -> World:
         """As torchrun says. Raises InputError."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+        restarts = int(again) if again.isdecimal() else 0
         if os.environ.get("WORLD_SIZE", "1") in ("", "1"):
-            return cls()
+            return cls(restarts=restarts)
         try:
             rank, size, local_rank, local_size = (int(os.environ[name]) for name in names)
         except (KeyError, ValueError):
             reason = f"needs all of {', '.join(names)} as numbers"
             raise InputError("WORLD_SIZE", reason, "start the processes with torchrun, or unset it") from None
-        return cls(rank, size, local_rank, local_size, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))
+        return cls(rank, size, local_rank, local_size, restarts)
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
-        """Meet the others, and be ready for collectives. Takes as many of the machine's cores as are each one's share, whatever torchrun
-        said (it says one)."""
+        """Meet the others, and be ready for collectives. Takes as many of the machine's cores as are each one's share, where OMP_NUM_THREADS
+        is not set or is the one that torchrun sets."""
         if self.size == 1:
             return
         cores = (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )  # macOS has none
-        torch.set_num_threads(max(1, cores // self.local_size))
+        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+            torch.set_num_threads(max(1, cores // self.local_size))
         forever = datetime.timedelta(days=30)
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
         except ValueError as error:
             raise InputError("torchrun", first_line(error), "start the processes with torchrun") from None
         self._store = dist.PrefixStore(
-            f"fastpoem/{self.restarts}", store
+            f"fastpoem/{self.restarts}/{next(_joins)}", store
         )  # which torchrun keeps when it starts all again
         self.meet()
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -118,7 +125,8 @@ class World:
             self._wait(lambda: self._store.check([name]))
         yield
         if self.is_first and self.size > 1:
-            self._store.set(name, "done")
+            with self._answered():
+                self._store.set(name, "done")
 
     def agreed(self, value: Callable[[], Value]) -> Value:
         """What the first process finds, for all of them."""
@@ -127,17 +135,27 @@ class World:
             return value()
         if self.is_first:
             found = value()
-            self._store.set(name, pickle.dumps(found))
+            with self._answered():
+                self._store.set(name, pickle.dumps(found))
             return found
         self._wait(lambda: self._store.check([name]))
-        return pickle.loads(self._store.get(name))
+        with self._answered():
+            return pickle.loads(self._store.get(name))
 
     def meet(self) -> None:
-        """Wait until all are here, however long that takes."""
+        """Wait until all are here: for the first, which may have something to do alone, however long that takes; in training it waits for the
+        others no longer than a collective does."""
         name = self._name()
-        if self.size > 1:
+        if self.size == 1:
+            return
+        with self._answered():
             self._store.add(name, 1)
-            self._wait(lambda: self._store.add(name, 0) >= self.size)
+        if self.is_first:
+            self._wait(lambda: self._store.add(name, 0) >= self.size, SECONDS if self.is_training else None)
+            with self._answered():
+                self._store.set(f"{name}/all", "here")
+        else:
+            self._wait(lambda: self._store.check([f"{name}/all"]))
 
     def broadcast(self, tensor: Tensor) -> None:
         """`tensor` becomes the first process's."""
@@ -166,7 +184,7 @@ class World:
                 raise error
             return
         stop, save = self.tells()
-        mine = [stop is not None, stop or 0, error is not None, (self.rank + 1) * (error is not None), save]
+        mine = [*(stop == one for one in SIGNALS), error is not None, (self.rank + 1) * (error is not None), save]
         on_gpu = sums.flat.is_cuda  # which is never waited for: what goes there and back is pinned
         sums.told.copy_(torch.tensor(mine, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
         if error is not None:
@@ -185,21 +203,24 @@ class World:
             raise error
 
     def _hear(self, told: Tensor) -> None:
-        stopping, signals, failed, ranks, save = map(round, told.tolist())
-        self.told = Told(signals // stopping if stopping else None, save > 0)
+        *stops, failed, ranks, save = map(round, told.tolist())
+        self.told = Told(next((int(one) for one, came in zip(SIGNALS, stops, strict=True) if came), None), save > 0)
         if failed and ranks != self.rank + 1:
             which = f"process {ranks - 1}" if failed == 1 else f"{failed} processes"
-            raise Ended(f"{which} of {self.size} failed in this step, and said why")
+            raise Elsewhere(f"{which} of {self.size} failed in this step, and said why")
 
     def _name(self) -> str:
         self._names += 1
         return str(self._names)
 
-    def _wait(self, over: Callable[[], bool]) -> None:
+    def _wait(self, over: Callable[[], bool], seconds: float | None = None) -> None:
+        begin = time.monotonic()
         with self._answered():
             while not over():
                 if self._store.check(["failed"]):
-                    raise Ended(f"process {self._store.get('failed').decode()} of {self.size} ended, and said why")
+                    raise Elsewhere(f"process {self._store.get('failed').decode()} of {self.size} ended, and said why")
+                if seconds is not None and time.monotonic() - begin > seconds:
+                    raise RuntimeError("timed out")
                 if not self.is_training:  # which answers a signal after a step
                     ask()
                 time.sleep(LOOKS)
@@ -219,5 +240,5 @@ class World:
                 reason = f"did not answer for {SECONDS:.0f} s"
             else:
                 reason = f"may be gone ({first_line(error)})"
-            mend = "; the newest checkpoint is whole: --resume goes on" if self.is_training else ""
+            mend = "; --resume goes on from the newest checkpoint" if self.is_training else ""
             raise Ended(f"another of the {self.size} processes {reason}{mend}") from error

@@ -124,7 +124,8 @@ def assembled(
     parts = world.size * config.accumulate
     if parts > config.batch_size:
         reason = f"fewer poems than the {parts} parts of a step ({world.size} processes, {config.accumulate} micro-batches each)"
-        raise InputError(f"--batch-size {config.batch_size}", reason, "raise it, or start fewer processes")
+        mend = "raise it, or lower --accumulate" + (" or start fewer processes" if world.size > 1 else "")
+        raise InputError(f"--batch-size {config.batch_size}", reason, mend)
     world.join(device)
     try:
         yield from _assembled(config, voice, scratch, world, device)
@@ -142,7 +143,7 @@ def _assembled(
     config: TrainConfig, voice: Voice, scratch: Path | None, world: World, device: torch.device
 ) -> Iterator[tuple[Loop, Callable[..., None]]]:
     check_installed(config.trackers)
-    if world.restarts and config.out is not None:  # torchrun --max-restarts
+    if world.restarts and config.out is not None and folder.begun_by_this_torchrun(Path(config.out).expanduser()):
         config = dataclasses.replace(config, resume=True)
     chosen = folder.choose(config) if world.is_first else Path()
     out = chosen if scratch is None else scratch / "run"

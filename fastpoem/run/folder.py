@@ -163,14 +163,29 @@ class Claim:
             raise InputError(self.out, str(error), mend) from None
         except BlockingIOError:
             lock.seek(0)
-            by = lock.read(20).strip()
+            by = "".join(lock.read(40).split()[:1])
             lock.close()
             reason = "another run is writing there" + (f" (process {by})" if by.isdecimal() else "")
             raise InputError(self.out, reason, f"wait for it, or {ANOTHER}") from None
         with contextlib.suppress(OSError):  # the lock is what counts, the number a courtesy that a full disk may refuse
             os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
+            os.write(lock.fileno(), f"{os.getpid()}\n{_parent()}\n".encode())
         return lock
+
+
+def _parent() -> str:
+    """The process that started this one, told from any other that had its number."""
+    number = os.getppid()
+    with contextlib.suppress(OSError, IndexError):  # Linux has its start in /proc
+        return f"{number}-{Path(f'/proc/{number}/stat').read_text().rpartition(')')[2].split()[19]}"
+    return str(number)
+
+
+def begun_by_this_torchrun(out: Path) -> bool:
+    """Whether the run in a folder was begun by the torchrun that has started this process again: not one that stood there before."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (out / ".lock").read_text().split()[1:] == [_parent()]
+    return False
 
 
 @contextlib.contextmanager

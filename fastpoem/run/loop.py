@@ -27,7 +27,7 @@ from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate
 from fastpoem.engine.world import Told as Tells
 from fastpoem.engine.world import World
-from fastpoem.errors import Ended, InputError
+from fastpoem.errors import Elsewhere, Ended, InputError
 from fastpoem.model.vocabulary import Narrowed
 from fastpoem.run import best, checkpoint, tally
 from fastpoem.run.best import Best
@@ -107,7 +107,7 @@ class Loop:
             )
 
     def __post_init__(self) -> None:
-        self.train_state = TrainState(self.step, self.device, self.narrowed)
+        self.train_state = TrainState(self.step, self.device, self.narrowed, copied=self.world.is_first)
         self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
         self._recent, self._estimated = Recent(), False
 
@@ -149,8 +149,15 @@ class Loop:
 
     def run(self, stop: StopRequest) -> int | None:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
-        self.world.tells = lambda: Tells(stop.signal, self.world.is_first and self._is_time())
-        self.world.is_training = True
+        asked = False
+
+        def tells() -> Tells:
+            nonlocal asked  # on a GPU it is heard a step later, and must not be asked for twice
+            asked = self.world.is_first and self._is_time() and not asked
+            return Tells(stop.signal, asked)
+
+        self.world.meet()  # the first had a run's files to open
+        self.world.tells, self.world.is_training = tells, True
         with stop.answered(self.voice.say, "stopping after this step"):
             return self._run(stop)
 
@@ -313,8 +320,9 @@ class Loop:
         account.most_failed.zero_()
         self.save(passing=True, last=True)
         self.saver.wait()
+        self.world.meet()  # torchrun ends all as soon as one has ended
         if not self.world.is_first:
-            raise Diverged(f"step {self.done}: loss or gradient was not finite, as process 0 says")
+            raise Elsewhere(f"step {self.done}: loss or gradient was not finite, as process 0 says")
         saved = checkpoint.newest_whole(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
         try:
@@ -417,6 +425,8 @@ class Loop:
 
     def _finish_saving(self, stop: StopRequest) -> None:
         """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""
+        if not self.world.is_first:
+            return
         with self.voice.phase("writing the last checkpoint"):
             self.saver.wait()
         self.metrics.flush()

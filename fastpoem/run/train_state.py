@@ -22,14 +22,16 @@ Tensors = dict[str, dict[str, Tensor]]  # by file and name
 
 
 class TrainState:
-    """The tensors of `step`, with every row of the embedding where only some are trained (`narrowed`)."""
+    """The tensors of `step`, with every row of the embedding where only some are trained (`narrowed`). copied: `copy` will be called."""
 
-    def __init__(self, step: TrainStep, device: torch.device, narrowed: Narrowed | None) -> None:
+    def __init__(
+        self, step: TrainStep, device: torch.device, narrowed: Narrowed | None, *, copied: bool = True
+    ) -> None:
         self._step, self._device, self._narrowed = step, device, narrowed
         # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
         self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         # `clone`: the pages are touched now, not at the first save.
-        self._copies = {name: getattr(step.optimizer, name).clone() for name in FLATS}
+        self._copies = {name: getattr(step.optimizer, name).clone() for name in FLATS} if copied else {}
 
     def tensors(self) -> Tensors:
         """Those in use: what is copied into them is what training goes on with, once `adopt` was called."""
