@@ -299,13 +299,13 @@ def on_a_terminal(columns, *arguments, cwd, **environment):
 # Validation and the writing of checkpoints take long enough to be seen.
 SLOWLY = """
 import time
-from fastpoem.run import checkpoint, loop
-def late(inner, what=(loop, "evaluate")):
+from fastpoem.run import checkpoint, validate
+def late(inner):
     def waits(*given, **named):
         time.sleep(1)
         return inner(*given, **named)
     return waits
-loop.evaluate, checkpoint.write = late(loop.evaluate), late(checkpoint.write)
+validate.evaluate, checkpoint.write = late(validate.evaluate), late(checkpoint.write)
 from fastpoem.__main__ import main
 main()
 """

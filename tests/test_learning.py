@@ -90,4 +90,4 @@ def test_the_default_learns_as_the_notebook_does(task, tmp_path):
     spread = max(statistics.stdev(theirs), statistics.stdev(ours))
     assert statistics.mean(ours) < statistics.mean(theirs) + spread
     assert max(ours) < before < 6.5  # there was something to lose, and more was learned
-    assert before - statistics.mean(ours) > 0.011  # 0.0135; at half the rate 0.0079
+    assert before - statistics.mean(ours) > 0.011  # 0.0134; at half the rate 0.0079

@@ -22,6 +22,7 @@ from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import fit as fit_module
 from fastpoem.run import loop as loop_module
+from fastpoem.run import validate as validate_module
 from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.fit import fit as run_fit
@@ -130,7 +131,9 @@ def test_with_every_batching_and_schedule(base, untouched, tmp_path, monkeypatch
 
 def test_a_signal_while_validating_saving_or_exporting(base, untouched, tmp_path, monkeypatch):
     whole = untouched()
-    places = iter([(loop_module, "evaluate"), (loop_module.checkpoint, "write"), (loop_module.checkpoint, "_drop_old")])
+    places = iter(
+        [(validate_module, "evaluate"), (loop_module.checkpoint, "write"), (loop_module.checkpoint, "_drop_old")]
+    )
     from fastpoem.run import fit as fit_module
 
     for number, (module, name) in enumerate([*places, (fit_module.hub, "write_folder")]):
@@ -332,7 +335,7 @@ class TestCheckpoints:
 
     def test_newest_and_best_are_kept(self, base, tmp_path, monkeypatch):
         losses = iter([5.0, 4.0, 4.5, 6.0, 5.5, 7.0])
-        monkeypatch.setattr(loop_module, "evaluate", lambda *given: Totals(next(losses), 1, 0, 1, 0))
+        monkeypatch.setattr(validate_module, "evaluate", lambda *given: Totals(next(losses), 1, 0, 1, 0))
         run = fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=6, keep=2))
         kept = sorted(int(path.name[5:]) for path in (run.folder / "checkpoints").iterdir())
         assert kept == [2 * 14, 5 * 14, 6 * 14]

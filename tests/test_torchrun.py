@@ -222,7 +222,9 @@ def test_one_script_trains_twice(base, tmp_path):
     script = tmp_path / "twice.py"
     changes = settings(base, out=str(tmp_path / "run"), sample_every=0)
     more = changes | {"resume": True, "epochs": 3}
-    script.write_text(f"import fastpoem\nfastpoem.fit(**{changes | {'epochs': 1}!r})\nfastpoem.fit(**{more!r})\n")
+    script.write_text(
+        f"import fastpoem\nfastpoem.fit(**{changes | {'epochs': 1}!r})\nrun = fastpoem.fit(**{more!r})\nassert run.model.exists()\n"
+    )
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     subprocess.run(words, env=ENVIRONMENT, capture_output=True, check=True, timeout=LIMIT)
     assert fastpoem.Run(tmp_path / "run").metrics[-1]["step"] == 42

@@ -26,6 +26,7 @@ from fastpoem.model.hub import BUNDLED
 from fastpoem.run import console as console_module
 from fastpoem.run import fit as fit_module
 from fastpoem.run import loop as loop_module
+from fastpoem.run import validate as validate_module
 from fastpoem.run.console import Voice, step_line
 from fastpoem.run.fit import assembled
 from fastpoem.run.loop import Loop
@@ -202,7 +203,7 @@ def losses_of(monkeypatch, *losses):
 
     def end_epoch(self, stop):
         loss = losses[min(-(-self.done // self.order.steps), len(losses)) - 1]
-        monkeypatch.setattr(loop_module, "evaluate", lambda *given: Totals(loss, 1, 0, 1, 0))
+        monkeypatch.setattr(validate_module, "evaluate", lambda *given: Totals(loss, 1, 0, 1, 0))
         return real(self, stop)
 
     monkeypatch.setattr(Loop, "_end_epoch", end_epoch)
@@ -399,7 +400,7 @@ def test_silence_that_lasts_is_explained(base, tmp_path, monkeypatch, capsys):
     assert not slow  # what is over at once says nothing
     monkeypatch.setattr(console_module, "NOTICED", 0.01)
     for place, name, line in (
-        (loop_module, "evaluate", "validating on 3 poems …"),
+        (validate_module, "evaluate", "validating on 3 poems …"),
         (fit_module, "build_step", "getting the step ready …"),
         (fit_module.hub, "write_folder", "writing the model …"),
     ):

@@ -49,7 +49,7 @@ def build_step(
     """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. world: the processes that train
     together; None: this one alone. Raises InputError for what `config` insists on and this machine has not."""
     device, store, world = optimizer.master.device, feed.store, world or World()
-    parts = world.size * config.accumulate
+    _, parts = world.shares(config.accumulate)
     poems = size_of_share(config.batch_size, parts)
     compiles = _compiles(config, device, say) and trusted.compile
     if config.graphs == "on" and device.type != "cuda":

@@ -51,10 +51,10 @@ class Graphs:
         """The largest first, so that the others find the memory they need in the pool."""
         with nothing_collected():
             largest_first = sorted({*shapes}, key=lambda shape: (shape.packed, shape.longest), reverse=True)
-            for number, shape in enumerate(largest_first):
+            for shape in largest_first:
                 ask()
                 self._record(shape)
-                if self.step.sums is not None and number == 0:
+                if self.step.sums is not None and self._update is None:
                     self._record(shape, update=True)
 
     def __call__(self, shape: Shape) -> None:

@@ -166,9 +166,11 @@ class TrainStep:
         self.masks = Masks(0, 0)  # what is dropped, where `pieces.masks`
         self.account = Account.empty(self.device)
         self.reduce = reduce
-        in_place = accumulate == 1 and optimizer.grad.dtype == torch.float32
-        flat = optimizer.grad_and_tail if in_place else torch.zeros(len(optimizer.master) + ALIGN, device=self.device)
-        self.sums = None if reduce is None else Sums.of(flat)
+        self.sums: Sums | None = None
+        if reduce is not None and accumulate == 1 and optimizer.grad.dtype == torch.float32:
+            self.sums = Sums.of(optimizer.grad_and_tail)
+        elif reduce is not None:
+            self.sums = Sums.of(torch.zeros(len(optimizer.master) + ALIGN, device=self.device))
         self.launch: Callable[[Shape], None] | None = None  # in place of `work`, or of `micro` where it is divided
         self.launch_update: Callable[[], None] | None = None
         self.forms: Callable[[], int] = lambda: 0  # compiled so far
@@ -181,7 +183,7 @@ class TrainStep:
     def parts(self, parts: Sequence[Rows], lr: float, key: int | None = None) -> None:
         """A step on these shares of its poems, one after the other."""
         if key is None and self.pieces.masks:
-            key = int(torch.empty(1, dtype=torch.int64).random_(-(2**63), None))
+            key = Masks.drawn().key
         error: Exception | None = None
         try:
             for rows in parts:

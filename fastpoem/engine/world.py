@@ -4,7 +4,7 @@ torchrun starts them, each with its rank in the environment. Two things pass bet
 to do alone, they wait by torchrun's key-value store: by looking, so that preparing a corpus may take as long as it takes and a signal is heard
 meanwhile. In training there is one collective a step, a SUM over the gradient with a short tail (`fastpoem.engine.step.Sums`): losses and counts,
 and what one process must tell all others, so that all learn, skip, stop and fail at the same step. A collective that one of them does not join
-is given up after a minute, everywhere.
+is given up after a minute: by gloo with an error, by NCCL, as it says, by ending the process.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Value = TypeVar("Value")
 _joins = itertools.count()  # of this process: a second run of it must not read what the first left in the store
 
 
-class Told(NamedTuple):
+class Notice(NamedTuple):
     """What a step's sum tells all processes of one another."""
 
     stop: int | None = None  # the signal that asked one of them to stop
@@ -52,8 +52,8 @@ class World:
     local_size: int = 1
     restarts: int = 0  # how often torchrun has started all of them again
     is_training: bool = False
-    tells: Callable[[], Told] = Told  # what this process has to tell
-    told: Told = field(default_factory=Told)  # by any of them, in the newest step
+    tells: Callable[[], Notice] = Notice  # what this process has to tell
+    told: Notice = field(default_factory=Notice)  # by any of them, in the newest step
     _store: Any = None
     _names: int = 0
     _on_the_way: Any = None
@@ -77,24 +77,25 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
+    def shares(self, accumulate: int) -> tuple[range, int]:
+        """(the numbers of this process's shares of a step, how many all have), with so many micro-batches in each process."""
+        return range(self.rank * accumulate, (self.rank + 1) * accumulate), self.size * accumulate
+
     def join(self, device: torch.device) -> None:
         """Meet the others, and be ready for collectives. Takes as many of the machine's cores as are each one's share, where OMP_NUM_THREADS
         is not set or is the one that torchrun sets."""
         if self.size == 1:
             return
-        cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )  # macOS has none
         if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            torch.set_num_threads(max(1, cores // self.local_size))
+            mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # macOS
+            torch.set_num_threads(max(1, len(mine) // self.local_size))
         forever = datetime.timedelta(days=30)
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
         except ValueError as error:
             raise InputError("torchrun", first_line(error), "start the processes with torchrun") from None
-        self._store = dist.PrefixStore(
-            f"fastpoem/{self.restarts}/{next(_joins)}", store
-        )  # which torchrun keeps when it starts all again
+        # Names of this run's own: torchrun keeps the store when it starts all again.
+        self._store = dist.PrefixStore(f"fastpoem/{self.restarts}/{next(_joins)}", store)
         self.meet()
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self._answered():
@@ -170,11 +171,12 @@ class World:
                 dist.all_reduce(tensor)  # SUM: gloo's AVG is silently wrong (pytorch #162338)
         return tensor
 
-    def gathered(self, value: int, device: torch.device) -> list[int]:
-        """Every process's number, 64 bits, in the order of their ranks."""
-        every = torch.zeros(self.size, dtype=torch.int64, device=device)
-        every[self.rank] = value
-        return self.add_up(every).tolist()
+    def differing(self, weights: Tensor) -> list[int]:
+        """The processes whose `weights` (P,) float32 are not the first's, by the sum of their bits."""
+        every = torch.zeros(self.size, dtype=torch.int64, device=weights.device)
+        every[self.rank] = weights.view(torch.int32).sum(dtype=torch.int64)
+        first, *others = self.add_up(every).tolist()
+        return [rank for rank, one in enumerate(others, 1) if one != first]
 
     def reduce(self, sums: Sums, error: Exception | None) -> None:
         """The step's collective, with what this process tells (`tells`). error: what happened to it in the step, raised here once all know;
@@ -204,7 +206,7 @@ class World:
 
     def _hear(self, told: Tensor) -> None:
         *stops, failed, ranks, save = map(round, told.tolist())
-        self.told = Told(next((int(one) for one, came in zip(SIGNALS, stops, strict=True) if came), None), save > 0)
+        self.told = Notice(next((int(one) for one, came in zip(SIGNALS, stops, strict=True) if came), None), save > 0)
         if failed and ranks != self.rank + 1:
             which = f"process {ranks - 1}" if failed == 1 else f"{failed} processes"
             raise Elsewhere(f"{which} of {self.size} failed in this step, and said why")
@@ -230,9 +232,9 @@ class World:
         """What a collective or the store raises where another process is gone or late, in a line."""
         try:
             yield
-        except (RuntimeError, dist.DistError) as error:
-            if isinstance(error, Ended):
-                raise
+        except Ended:
+            raise
+        except RuntimeError as error:
             text = str(error).lower()
             if "closed" in text or "reset" in text or "broken pipe" in text:
                 reason = "is gone"

@@ -69,7 +69,7 @@ def fit(
             assembled(config, Voice(quiet=True), Path(scratch), world) as (loop, _),
             StopRequest() as stop,
         ):
-            return Run(loop.folder, [], loop.run(stop))
+            return Run(Path(loop.config.out or ""), [], loop.run(stop))
     with (
         assembled(config, voice or Voice(config.quiet, config.lang), world=world) as (loop, export),
         StopRequest() as stop,
@@ -78,9 +78,8 @@ def fit(
         try:
             stopped = loop.run(stop)
         except NotSaved:
-            if (
-                loop.stopped_by(stop) is None
-            ):  # trained to the end: the model is smaller than a checkpoint, and may still fit
+            # Trained to the end: the model is smaller than a checkpoint, and may still fit.
+            if loop.stopped_by(stop) is None:
                 with contextlib.suppress(OSError):
                     export(loop.folder / "model")
             raise
@@ -121,7 +120,7 @@ def assembled(
     device = _choose_device(config, world, voice)
     if device.type == "cpu":
         keep_freed_memory()
-    parts = world.size * config.accumulate
+    _, parts = world.shares(config.accumulate)
     if parts > config.batch_size:
         reason = f"fewer poems than the {parts} parts of a step ({world.size} processes, {config.accumulate} micro-batches each)"
         mend = "raise it, or lower --accumulate" + (" or start fewer processes" if world.size > 1 else "")
@@ -142,10 +141,13 @@ def assembled(
 def _assembled(
     config: TrainConfig, voice: Voice, scratch: Path | None, world: World, device: torch.device
 ) -> Iterator[tuple[Loop, Callable[..., None]]]:
+    """`assembled`, the processes having met."""
     check_installed(config.trackers)
     if world.restarts and config.out is not None and folder.begun_by_this_torchrun(Path(config.out).expanduser()):
         config = dataclasses.replace(config, resume=True)
-    chosen = folder.choose(config) if world.is_first else Path()
+    chosen = world.agreed(lambda: folder.choose(config))
+    if not world.is_first:  # which has a scratch folder of its own, and tells of the first's
+        config = dataclasses.replace(config, out=str(chosen))
     out = chosen if scratch is None else scratch / "run"
     if "tensorboard" in config.trackers and str(chosen).encode("utf-8", "replace").decode() != str(chosen):
         raise InputError(
@@ -208,8 +210,7 @@ def _assembled(
             table = None if ids is None else numbering(ids, store)
             feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
             pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
-            mine = range(world.rank * config.accumulate, (world.rank + 1) * config.accumulate)
-            shapes = _shapes(order, feed, mine, world.size * config.accumulate)
+            shapes = _shapes(order, feed, *world.shares(config.accumulate))
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted, world)
             writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
         ask()  # from here on a run has begun, which stops with a checkpoint

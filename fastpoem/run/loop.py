@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +20,12 @@ from torch import nn
 
 from fastpoem import disk
 from fastpoem.config import TrainConfig
-from fastpoem.corpus.feed import Feed, Rows
+from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.plan import Order, key_of
 from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
-from fastpoem.engine.step import GIVE_UP, TrainStep, evaluate
-from fastpoem.engine.world import Told as Tells
-from fastpoem.engine.world import World
+from fastpoem.engine.step import GIVE_UP, TrainStep
+from fastpoem.engine.world import Notice, World
 from fastpoem.errors import Elsewhere, Ended, InputError
 from fastpoem.model.vocabulary import Narrowed
 from fastpoem.run import best, checkpoint, tally
@@ -38,7 +37,7 @@ from fastpoem.run.samples import MEASURED, Samples, due, is_finite
 from fastpoem.run.tally import NOTHING, Recent, Tally
 from fastpoem.run.trackers import Trackers
 from fastpoem.run.train_state import TrainState
-from fastpoem.run.validate import Told, Validation
+from fastpoem.run.validate import Told, Validation, validate
 from fastpoem.run.words import clock
 from fastpoem.signals import Stopped, StopRequest
 
@@ -110,6 +109,7 @@ class Loop:
         self.train_state = TrainState(self.step, self.device, self.narrowed, copied=self.world.is_first)
         self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
         self._recent, self._estimated = Recent(), False
+        self.my_parts, self.parts = self.world.shares(self.config.accumulate)  # the shares of a step done here, of all
 
     def close(self) -> None:
         self.saver.close()
@@ -151,10 +151,10 @@ class Loop:
         """Train to the end. Returns the signal that stopped it early, or None. Raises Diverged, NotSaved."""
         asked = False
 
-        def tells() -> Tells:
+        def tells() -> Notice:
             nonlocal asked  # on a GPU it is heard a step later, and must not be asked for twice
             asked = self.world.is_first and self._is_time() and not asked
-            return Tells(stop.signal, asked)
+            return Notice(stop.signal, asked)
 
         self.world.meet()  # the first had a run's files to open
         self.world.tells, self.world.is_training = tells, True
@@ -340,18 +340,10 @@ class Loop:
         row |= {"mean_loss": trained.loss, "mean_accuracy": trained.accuracy, "tokens": trained.counted}
         row |= {"skipped": trained.skipped, "val_loss": None, "val_accuracy": None}
         if len(self.validation.rows):
-            world = self.world  # one of several goes on to the end, as it is not to leave the others alone
-            batches = self.validation.batches(
-                self.config.batch_size, self.feed.table, stop if world.size == 1 else None
-            )
-            kernels = self.step.optimizer.kernels
+            batch, table = self.config.batch_size, self.feed.table
             try:
-                with self.voice.phase("validating on {0:,} poems", len(self.validation.rows)) as at:
-                    batches = _counted(batches, len(self.validation.rows), at)
-                    shared = world.rank, world.size, world.add_up
-                    found = evaluate(self.model, batches, self.device, self.step.pad_id, kernels, *shared)
+                found = validate(self.validation, self.step, batch, table, stop, self.world, self.voice)
             except Told:
-                self.model.train()
                 return False
             row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
         if (samples := self.samples) is not None and not samples.broken and self._is_measured():
@@ -414,14 +406,11 @@ class Loop:
     def _agree(self) -> None:
         """Wait for the first process, and compare the weights of all with its. Raises Ended where they differ."""
         self.world.meet()
-        if self.world.size > 1:
-            bits = self.step.optimizer.master.view(torch.int32)
-            first, *others = self.world.gathered(int(bits.sum(dtype=torch.int64)), self.device)
-            if wrong := [str(rank) for rank, one in enumerate(others, 1) if one != first]:
-                raise Ended(
-                    f"step {self.done}: the weights of process {', '.join(wrong)} differ from those of process 0, so this step has no "
-                    "checkpoint; --resume goes on from the newest"
-                )
+        if self.world.size > 1 and (wrong := self.world.differing(self.step.optimizer.master)):
+            raise Ended(
+                f"step {self.done}: the weights of process {', '.join(map(str, wrong))} differ from those of process 0, so this step has no "
+                "checkpoint; --resume goes on from the newest"
+            )
 
     def _finish_saving(self, stop: StopRequest) -> None:
         """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""
@@ -448,16 +437,6 @@ class Loop:
         if self.metrics.error is not None:
             raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
 
-    @property
-    def parts(self) -> int:
-        """The shares that a step is divided into: micro-batches of all processes."""
-        return self.world.size * self.config.accumulate
-
-    @property
-    def my_parts(self) -> range:
-        mine = self.config.accumulate
-        return range(self.world.rank * mine, (self.world.rank + 1) * mine)
-
     def state(self) -> dict[str, Any]:
         """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short,
         and tells in its next one what that row told."""
@@ -478,15 +457,6 @@ class Loop:
     def _is_regular(self, step: int) -> bool:
         """Is this a step that is logged however long the run is?"""
         return step == 1 or step % self.config.log_every == 0 or step % self.order.steps == 0
-
-
-def _counted(batches: Iterable[Rows], poems: int, at: Callable[[int, int], None]) -> Iterator[Rows]:
-    """`batches` as they come, with `at` called with how many poems were in those before."""
-    done = 0
-    for rows in batches:
-        at(done, poems)
-        yield rows
-        done += len(rows.where)
 
 
 def check_state(state: Mapping[str, Any]) -> None:
