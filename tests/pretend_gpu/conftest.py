@@ -87,9 +87,11 @@ class Command:
         said, _ = process.communicate(timeout=600)
         return Outcome(process.returncode, said, parse(log.read_text().splitlines()) if log.exists() else Log(()))
 
-    def stopped(self, module: str, *arguments: object, after: str, number: int = signal.SIGTERM) -> Outcome:
+    def stopped(
+        self, module: str, *arguments: object, after: str, number: int = signal.SIGTERM, **card: int
+    ) -> Outcome:
         """The same, told to stop by a signal once it has printed `after`."""
-        process, log = self.start(module, *arguments, extra={"PYTHONUNBUFFERED": "1"})
+        process, log = self.start(module, *arguments, extra={"PYTHONUNBUFFERED": "1"}, **card)
         said = ""
         for line in process.stdout:
             said += line

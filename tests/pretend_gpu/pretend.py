@@ -30,7 +30,7 @@ SOURCES = Path(__file__).parent / "fakecuda"
 PACKAGES = Path(sysconfig.get_paths()["purelib"])
 NVIDIA = PACKAGES / "triton/backends/nvidia"
 LIBRARIES = ("libtorch_cuda", "libc10_cuda", "libtorch_python", "libcaffe2_nvrtc", "libtorch_cuda_linalg")
-CUDA_NAME = r"(?:__cuda|cuda|cublas|cu[A-Z])\w*"
+CUDA_NAME = r"(?:__cuda|cuda|cublas|nccl|cu[A-Z])\w*"
 
 
 # ---- building
@@ -149,7 +149,7 @@ class Log:
 
     @cached_property
     def done(self) -> list[Entry]:
-        """What a real card would have been given to do now: kernels, products, copies, fills, graph launches."""
+        """What a real card would have been given to do now: kernels, products, copies, fills, graph launches, collectives."""
         return [entry for entry in self.entries if entry.letter in WORK and entry.values.get("capture") == "0"]
 
     @cached_property
@@ -164,6 +164,11 @@ class Log:
     @cached_property
     def graph_launches(self) -> list[Entry]:
         return [entry for entry in self.done if entry.letter == "GL"]
+
+    @cached_property
+    def collectives(self) -> list[Entry]:
+        """What NCCL was given to do, `words` (function, bytes)."""
+        return [entry for entry in self.done if entry.letter == "N"]
 
     @cached_property
     def copies(self) -> list[Copy]:
@@ -246,17 +251,17 @@ class Log:
         return f"{len(self.done)} operations: " + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
 
 
-WORK = {"L", "G", "M", "GL"}
+WORK = {"L", "G", "M", "GL", "N"}
 
 
 def kind_of(entry: Entry) -> str:
-    """triton, attention, aten, product, copy H2D …, fill or graph."""
+    """triton, attention, aten, product, copy H2D …, fill, graph or collective."""
     match entry.letter:
         case "L":
             return "attention" if "flash" in entry.words[1] or "fmha" in entry.words[1] else entry.words[0]
         case "M":
             return "fill" if entry.words[1] == "fill" else f"copy {entry.words[1]}"
-    return {"G": "product", "GL": "graph"}[entry.letter]
+    return {"G": "product", "GL": "graph", "N": "collective"}[entry.letter]
 
 
 def parse(lines: Iterable[str]) -> Log:

@@ -128,6 +128,42 @@ def test_another_card_is_used_and_no_other(command, tiny, tmp_path, graphs):
     )
 
 
+@pytest.mark.parametrize("more", [("--compile", "off"), ("--compile", "on", "--accumulate", "2")])
+def test_two_processes_train_on_two_cards(command, tiny, tmp_path, more):
+    """Each on its own, with one sum a step between a recording of its share and the recording of the update."""
+    run = tmp_path / "run"
+    flags = [*tiny[: tiny.index("--device")], "--device", "cuda", "--out", run, "--epochs", 2, "--log-every", 1, *more]
+    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", TRAIN]
+    outcome = command("torch.distributed.run", *torchrun, *flags, devices=2, extra=UNCOVERED if "on" in more else {})
+    assert_sound(outcome)
+    assert [row["step"] for row in rows(run) if "event" not in row] == [*range(1, 29)]
+    trained = [log for log in outcome.log.processes() if log.collectives]
+    assert len(trained) == 2
+    assert {entry.values["device"] for log in trained for entry in log.graph_launches} == {"0", "1"}
+    parameters = sum(tensor.numel() for tensor in weights(run / "model").values())
+    for log in trained:
+        assert len({entry.values["device"] for entry in log.done if "device" in entry.values}) == 1
+        assert not any(one.failed or any(entry.letter == "N" for entry in one.operations) for one in log.captures)
+        sums = [one for one in log.collectives if one.name == "ncclAllReduce" and int(one.words[1]) > 4 * parameters]
+        assert len(sums) == 28
+        places = [place for place, entry in enumerate(log.done) if entry in sums]
+        launches = [sum(entry.letter == "GL" for entry in log.done[a:b]) for a, b in itertools.pairwise(places)]
+        assert set(launches) == {3 if "--accumulate" in more else 2}  # the update and each micro-batch
+
+
+def test_two_processes_stop_together(command, tiny, tmp_path):
+    """torchrun passes the signal on to each; both end with the same step, in one checkpoint."""
+    run = tmp_path / "run"
+    flags = [*tiny[: tiny.index("--device")], "--device", "cuda", "--out", run, "--compile", "off", "--log-every", 20]
+    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", TRAIN]
+    outcome = command.stopped(
+        "torch.distributed.run", *torchrun, *flags, "--epochs", 10000, after="step 20/", devices=2
+    )
+    assert not outcome.log.refused and "stopped after a complete checkpoint" in outcome.said
+    assert len({len(log.collectives) for log in outcome.log.processes() if log.collectives}) == 1
+    assert [path.name for path in (run / "checkpoints").iterdir()]
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves_and_goes_on(command, tiny, tmp_path, number):
     run = tmp_path / "run"

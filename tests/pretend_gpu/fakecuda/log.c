@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 pthread_mutex_t big = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
@@ -46,6 +47,7 @@ __attribute__((destructor)) static void write_out(void) {
     const char* name = getenv("FAKECUDA_LOG");
     FILE* file = name && length ? fopen(name, "a") : NULL;
     if (!file) return;
+    flock(fileno(file), LOCK_EX);  // until it is closed: processes that share a log end at once
     fprintf(file, "P %d\n", (int)getpid());
     fwrite(text, 1, length, file);
     fclose(file);
