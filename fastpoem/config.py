@@ -104,6 +104,10 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto: the CUDA device with the most free memory, else the CPU. mps (Apple): in fp32, plainly."""
 
+    parallel: Literal["auto", "data", "sharded"] = "auto"
+    """What several processes (torchrun) divide. data: the poems of a step. sharded: the update and its moments too (ZeRO-1). auto: sharded on
+    GPUs, data on CPUs."""
+
     epochs: int = 1
     """Passes over the poems."""
     max_steps: int | None = None
@@ -112,6 +116,9 @@ class TrainConfig:
     """Poems a step, whatever the number of processes that torchrun starts."""
     accumulate: int = 1
     """Micro-batches of a step in each process: less memory, the same step."""
+    exact: bool = False
+    """Add up in one order, so that weights do not depend on the number of processes, bit for bit. On a CPU, in one thread a process or
+    OMP_NUM_THREADS. The step is done in 8 micro-batches."""
     max_length: int | None = None
     """Tokens of a poem, [CLS] and [SEP] included; what is longer is cut. None: 512, or the model's positions if they are fewer."""
     batching: Literal["auto", "bucket", "pack", "pad"] = "auto"
@@ -258,9 +265,9 @@ EMBEDDED: dict[str, Any] = {
 GROUPS = {  # of --help: those that none of the others has are the run's
     "data": "data field line_break max_length convert clean whole dedup val_data val_poems",
     "model": "model from_scratch dropout grow_vocab vocab",
-    "optimisation": "recipe epochs max_steps batch_size accumulate batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
+    "optimisation": "recipe epochs max_steps batch_size accumulate exact batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
     "loss_on_padding seed best patience",
-    "speed": "device precision compile graphs attention",
+    "speed": "device parallel precision compile graphs attention",
     "run": "",
 }
 

@@ -18,10 +18,12 @@ class Settings(TypedDict, total=False):
     cache_dir: str | PathLike[str] | None
     recipe: Literal["default", "notebook", "fast"]
     device: str
+    parallel: Literal["auto", "data", "sharded"]
     epochs: int
     max_steps: int | None
     batch_size: int
     accumulate: int
+    exact: bool
     max_length: int | None
     batching: Literal["auto", "bucket", "pack", "pad"]
     buckets: int | None

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from fastpoem_kernels import clipped_adamw_, plain
+from fastpoem_kernels import clipped_adamw_, gradient_norm, plain
 from fastpoem_kernels.dispatch import INTERPRETED
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -192,6 +192,26 @@ def test_the_scale_of_a_gradient_is_taken_out(form, dtype, max_norm):
         assert (one.double() - other.double()).norm() <= 2e-6 * one.double().norm()
 
 
+@pytest.mark.parametrize("form", [clipped_adamw_, plain.clipped_adamw_])
+@pytest.mark.parametrize("scale", [None, 8.0])
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_the_parts_of_an_update_are_the_whole(form, scale, spoiled):
+    """Given the whole gradient's norm, each part is what the whole update makes of it; a part without the NaN is skipped too."""
+    whole, part = Flat(9000, max_norm=0.5), Flat(9000, max_norm=0.5)
+    grad, here = whole.gradient(), slice(4096, 8192)
+    grad[0] = math.nan if spoiled else grad[0]
+    scale = None if scale is None else torch.tensor(scale)
+    told = []
+    for flat, at, norm in ((whole, slice(None), None), (part, here, gradient_norm(grad))):
+        rest = dict(step=flat.step, lr=flat.lr, max_norm=flat.max_norm, grad_scale=scale, norm=norm)
+        told.append(form(flat.param[at], grad[at].clone(), flat.m[at], flat.v[at], **rest))
+    assert told[0][0].item() == pytest.approx(told[1][0].item(), rel=1e-6, nan_ok=True)
+    assert bool(told[0][1]) == bool(told[1][1]) == spoiled
+    for mine, theirs in ((part.param, whole.param), (part.m, whole.m), (part.v, whole.v)):
+        assert (mine[here] - theirs[here]).norm() <= 2e-7 * theirs[here].norm()
+    assert torch.equal(part.param[:4096], Flat(9000).param[:4096]) and not part.m[8192:].any()
+
+
 def test_nothing_and_one():
     for length in (0, 1):
         flat = Flat(length)
@@ -229,6 +249,8 @@ def test_the_norm_is_the_same_every_time():
         ({"grad": torch.zeros(10, dtype=torch.float64)}, TypeError),
         ({"grad_scale": torch.ones((), dtype=torch.float16)}, TypeError),
         ({"grad_scale": torch.ones(1)}, ValueError),
+        ({"norm": torch.ones(1)}, ValueError),
+        ({"norm": torch.ones((), dtype=torch.float64)}, TypeError),
         ({"exp_avg": torch.zeros(10, dtype=torch.bfloat16)}, TypeError),
         ({"low_precision": torch.zeros(9, dtype=torch.bfloat16)}, ValueError),
     ],

@@ -1,9 +1,14 @@
 """A step in parts, among processes and micro-batches: the numbers of the whole one. The processes are simulated one after the other here, each
 with a model of its own; tests/test_torchrun.py has real ones."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
+from fastpoem_kernels import gradient_norm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,9 +16,10 @@ from fastpoem.corpus.feed import Feed, share, size_of_share
 from fastpoem.corpus.plan import Step
 from fastpoem.corpus.store import TokenStore, prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
+from fastpoem.engine.exact import Tree
 from fastpoem.engine.graphs import Graphs
-from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.step import Pieces, TrainStep, evaluate
+from fastpoem.engine.optim import ALIGN, FlatAdamW
+from fastpoem.engine.step import Pieces, Sums, TrainStep, evaluate
 from fastpoem.engine.world import World
 from fastpoem.errors import Ended
 from fastpoem.model.dropout import Masks
@@ -39,16 +45,18 @@ def batches(store, poems, steps, seed):
         yield Step(store.buckets[bucket.max()].length, bucket, index)
 
 
-def make(store, poems, *, parts=1, accumulate=1, pad_targets=False, dropout=0.3, max_norm=1.0, dtype=torch.float32):
+def make(
+    store, poems, *, parts=1, accumulate=1, pad_targets=False, dropout=0.3, max_norm=1.0, dtype=torch.float32, **slices
+):
     """The step of one process; of a divided one, what is summed is left to the test."""
     model = GPT2(
         GPT2Config(store.vocab_size, 80, 16, 2, 2, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
     )
     model.initialise(0)
-    optimizer = FlatAdamW(model.train(), CPU, dtype, weight_decay=0.01, max_norm=max_norm)
+    optimizer = FlatAdamW(model.train(), CPU, dtype, weight_decay=0.01, max_norm=max_norm, **slices)
     poems = size_of_share(poems, parts)
     source = torch.zeros(poems * store.buckets[-1].length, dtype=torch.int16)
-    divided = dict(reduce=World().reduce, accumulate=accumulate) if parts > 1 else {}
+    divided = dict(reduce=partial(World().reduce, add=lambda sums: None), accumulate=accumulate) if parts > 1 else {}
     return TrainStep(
         Pieces.plain(model, CPU),
         optimizer,
@@ -184,7 +192,7 @@ def test_replayed_in_parts(store, accumulate, dtype):
 
 def test_a_part_that_fails_is_told_and_raised(store):
     step, told = make(store, 4, parts=2), []
-    step.reduce = lambda sums, error: told.append(error) or World().reduce(sums, error)
+    step.reduce = lambda sums, error: told.append(error) or World().reduce(sums, error, lambda sums: None)
     feed, (batch,) = Feed(store, "bucket"), batches(store, 4, 1, 0)
     step.micro = lambda shape: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -214,3 +222,99 @@ def test_validation_does_not_depend_on_how_many_share_it(store, size):
         )
     found = evaluate(model, rows, CPU, store.pad_id, rank=0, size=size, add_up=lambda tensor: sum(parts))
     assert found == evaluate(model, rows, CPU, store.pad_id)
+
+
+class Threads:
+    """Processes as threads that meet for each collective: what `World` gives to `Tree`."""
+
+    def __init__(self, rank, size, meeting, table):
+        self.rank, self.size, self._meeting, self._table = rank, size, meeting, table
+
+    def _all(self, value):
+        self._table[self.rank] = value
+        self._meeting.wait()
+        found = list(self._table)
+        self._meeting.wait()
+        return found
+
+    def exchange(self, tensor, sizes):
+        found = [one[self.rank] for one in self._all(tensor)]
+        assert [len(one) for one in found] == list(sizes)
+        return torch.cat(found)
+
+    def gather(self, tensor, mine):
+        tensor.copy_(torch.cat(self._all(tensor[mine])))
+
+    def add_up(self, tensor):
+        return tensor.copy_(sum(self._all(tensor.clone())))
+
+
+def exact_sum(parts, ranks):
+    """Of the shards (S, n), by so many processes; with what each hears."""
+    meeting, table = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def one(rank):
+        tree, sums = Tree(len(parts), Threads(rank, ranks, meeting, table)), Sums.of(torch.zeros(parts.shape[1]))
+        for _ in range(2):  # the second in memory that the first left
+            for shard in tree.mine:
+                tree.keep(parts[shard])
+            sums.told.copy_(torch.eye(6)[rank % 6])
+            tree.total(sums)
+        return sums
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(power=st.integers(0, 3), ranks=st.integers(1, 8), size=st.integers(ALIGN, 300), seed=st.integers(0, 99))
+def test_exact_sums_do_not_depend_on_who_adds(power, ranks, size, seed):
+    shards, ranks = 1 << power, min(ranks, 1 << power)
+    parts = torch.randn(shards, size, generator=torch.Generator().manual_seed(seed))
+    parts[:, -ALIGN + 4 : -ALIGN + 10] = 0  # told
+    tree = [*parts]
+    while len(tree) > 1:
+        tree = [left + right for left, right in zip(tree[::2], tree[1::2], strict=True)]
+    for sums in exact_sum(parts, ranks):
+        told = sums.told.clone()
+        sums.told.zero_()
+        assert torch.equal(sums.flat, tree[0])
+        assert ranks == 1 or told.tolist() == [float(one < ranks) for one in range(6)] or ranks > 6
+
+
+def test_other_orders_would_not_be_exact():
+    """The control of the law above: sums of these numbers do depend on their order."""
+    parts = torch.randn(8, 300, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(parts.sum(0), exact_sum(parts, 1)[0].flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count, off", [(2, 0), (3, 0), (5, 0), (3, ALIGN)])
+def test_slices_of_an_update_are_the_whole(store, dtype, count, off):
+    """Bit for bit, in each precision. off: a slice that begins too late is seen."""
+    steps = [make(store, 4, parts=2, dtype=dtype, slices=(0, count)) for _ in range(1 + count)]
+    whole, parts = steps[0].optimizer, []
+    for rank, step in enumerate(steps[1:]):
+        step.optimizer = make(store, 4, dtype=dtype, slices=(rank, count), divided=True).optimizer
+        parts.append(step.optimizer)
+    if off:
+        parts[1].mine = slice(parts[1].mine.start + off, parts[1].mine.stop + off)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(3):
+        grad = torch.randn(len(whole.working), generator=generator)
+        grad[whole.used :] = 0
+        if number == 1:
+            grad[0] = torch.nan
+        for step in steps:
+            step.message.view(torch.float64)[-1, 0] = 1e-2
+            step.sums.gradient.copy_(grad)
+            step.sums.counts.fill_(1)
+            step.sums.norm.copy_(gradient_norm(step.sums.gradient[: whole.used]))
+            step.update()
+        working = torch.cat([one.working[one.mine] for one in parts])
+        for one in parts:
+            one.working.copy_(working)
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(one, name) for one in parts])) is not bool(off)
+    assert torch.equal(whole.working, parts[-1].working) is not bool(off)
+    assert steps[0].account.sums.tolist() == steps[-1].account.sums.tolist() and steps[0].totals().skipped == 1

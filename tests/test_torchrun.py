@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import fastpoem
 from fastpoem.run import checkpoint
@@ -91,6 +93,32 @@ def test_it_goes_on_with_another_number_of_processes(alone, base, tmp_path):
             assert row.get(name) == (pytest.approx(same[name], rel=1e-6) if same.get(name) else None)
 
 
+def test_exactly_the_same_for_any_number(base, tmp_path):
+    """--exact: bit for bit, with dropout; 1, 3 and again 2 processes in the middle of an epoch or one that was never interrupted."""
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    train(4, base, whole, exact=True, epochs=2)
+    for processes, steps in ((1, 10), (3, 19), (2, 28)):
+        train(processes, base, out, exact=True, epochs=2, max_steps=steps, sample_every=0, resume=steps > 10)
+    assert load_file(out / "model/model.safetensors").keys() == load_file(whole / "model/model.safetensors").keys()
+    for path in ("model/model.safetensors", "checkpoints/step-00000028/optimizer.safetensors"):
+        for name, tensor in load_file(whole / path).items():
+            assert torch.equal(tensor, load_file(out / path)[name]) or name.startswith("rng"), name
+    numbers = [(row["step"], row["loss"], row["grad_norm"]) for row in rows(whole) if "event" not in row]
+    assert numbers == [(row["step"], row["loss"], row["grad_norm"]) for row in rows(out) if "event" not in row]
+
+
+def test_an_update_in_slices_is_the_whole(base, tmp_path):
+    """--parallel sharded, with masters of its own (bf16): bit for bit data's, in a checkpoint that any number goes on with."""
+    one, other = tmp_path / "data", tmp_path / "sharded"
+    train(3, base, one, precision="bf16", parallel="data", epochs=2)
+    said = train(3, base, other, precision="bf16", parallel="sharded", epochs=1, sample_every=0)
+    assert "3 processes, which divide the poems and the update" in said
+    train(3, base, other, precision="bf16", parallel="sharded", epochs=2, resume=True)
+    assert_same_numbers(one, other)
+    assert (one / "model/model.safetensors").read_bytes() == (other / "model/model.safetensors").read_bytes()
+    train(1, base, other, precision="bf16", epochs=3, resume=True)
+
+
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/devices.md"])
 def test_the_docs_command_runs(base, tmp_path, page):
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
@@ -106,6 +134,8 @@ def test_the_docs_command_runs(base, tmp_path, page):
 @pytest.mark.parametrize("changes, message", [
     (dict(device="cuda:7"), "--device cuda:7: cannot be shared by 2 processes; use --device cuda, with CUDA_VISIBLE_DEVICES"),
     (dict(accumulate=3), "--batch-size 4: fewer poems than the 6 parts of a step (2 processes, 3 micro-batches each); raise it"),
+    (dict(accumulate=2, exact=True), "--exact: has micro-batches of its own; leave out --accumulate"),
+    (dict(batch_size=1, exact=True), "--exact: takes --batch-size 2 or more for 2 processes, not 1; raise it, or start fewer processes"),
 ])  # fmt: skip
 def test_what_is_refused_is_said_once(base, tmp_path, changes, message):
     done = subprocess.run(
@@ -164,7 +194,7 @@ def test_a_signal_to_one_stops_all_after_one_step(base, tmp_path, to):
         os.kill(process.pid if to == "torchrun" else of_rank(to, out), signal.SIGTERM)
         assert process.wait(LIMIT) != 0
     (step, newest), *_ = checkpoint.listed(out)
-    assert step >= 20 and newest == checkpoint.newest_whole(out)
+    assert step >= 14 and newest == checkpoint.newest_whole(out)
     assert (
         said().count("stopped after a complete checkpoint; go on with: torchrun --nproc-per-node 2 -m fastpoem.train")
         == 1

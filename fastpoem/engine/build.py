@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from fastpoem_kernels import native
+from fastpoem_kernels import gradient_norm, native
 
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Shape, size_of_share
 from fastpoem.engine.compile import combines, compiled_pieces, forms, one_of_each_form, why_not_compile
+from fastpoem.engine.exact import Tree, shares
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels
-from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.step import Pieces, TrainStep, home
+from fastpoem.engine.optim import ALIGN, FlatAdamW
+from fastpoem.engine.step import Pieces, Sums, TrainStep, home
 from fastpoem.engine.world import World
 from fastpoem.errors import InputError, first_line
 from fastpoem.model.gpt2 import GPT2
@@ -49,7 +51,7 @@ def build_step(
     """The step, warmed up for `shapes` (those known beforehand) so that the first one trains at once. world: the processes that train
     together; None: this one alone. Raises InputError for what `config` insists on and this machine has not."""
     device, store, world = optimizer.master.device, feed.store, world or World()
-    _, parts = world.shares(config.accumulate)
+    _, parts = shares(config, world)
     poems = size_of_share(config.batch_size, parts)
     compiles = _compiles(config, device, say) and trusted.compile
     if config.graphs == "on" and device.type != "cuda":
@@ -62,7 +64,14 @@ def build_step(
     plain = Pieces.plain(model, device)
     settings: dict[str, Any] = dict(poems=poems, pad_id=pad_id, pad_targets=config.loss_on_padding)
     if parts > 1:
-        settings |= dict(reduce=world.reduce, accumulate=config.accumulate)
+        add: Callable[[Sums], object] = lambda sums: world.add_up(sums.flat)
+        if config.exact:
+            tree = Tree(parts, world)
+            add, settings["keep"] = tree.total, tree.keep
+        if optimizer.is_divided:
+            add = partial(_add_in_slices, world, optimizer, add)
+            settings["gather"] = partial(world.gather, mine=optimizer.mine)
+        settings |= dict(reduce=partial(world.reduce, add=add), accumulate=config.accumulate)
     step = TrainStep(plain, optimizer, source, **settings)
     if compiles:
         _compile(step, model, shapes, config.compile == "on", trusted.combined and combines(), say)
@@ -81,6 +90,20 @@ def build_step(
                 f"{len(graphs.recorded)} lengths recorded as CUDA graphs in {took:.1f} s, {graphs.bytes / 2**20:,.0f} MiB"
             )
     return step
+
+
+def _add_in_slices(world: World, optimizer: FlatAdamW, add: Callable[[Sums], object], sums: Sums) -> None:
+    """Add up what a divided update needs: on a GPU this process's slice of the gradient, half of what the whole would take. gloo makes that of
+    sums of the whole, so there it is one, and the norm has the bits of an update that is not divided."""
+    if sums.flat.is_cuda:
+        mine = optimizer.mine
+        world.scatter_sum(sums.gradient, mine)
+        sums.norm.copy_(gradient_norm(sums.gradient[mine]).square())
+        world.add_up(sums.flat[-ALIGN:])
+        sums.norm.sqrt_()
+    else:
+        add(sums)
+        sums.norm.copy_(gradient_norm(sums.gradient[: optimizer.used]))
 
 
 def _compile(

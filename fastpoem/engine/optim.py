@@ -1,6 +1,8 @@
 """Parameters, gradients and moments in flat buffers, and the learning rate's schedules.
 
-With every parameter a view of one buffer there is one norm, one clip, one update (and one all-reduce) instead of one a tensor.
+With every parameter a view of one buffer there is one norm, one clip, one update (and one all-reduce) instead of one a tensor. Processes that
+train together may divide the update among them (ZeRO-1: Rajbhandari et al., 2020): each has the masters and moments of an equal slice of the
+buffer, and the weights that it computes with whole.
 """
 
 from __future__ import annotations
@@ -51,6 +53,9 @@ class FlatAdamW:
     The masters are float32; with dtype bfloat16 or float16 the module computes on a copy that the update rewrites. No method
     synchronises with the device. Tensors: `master`, `exp_avg`, `exp_avg_sq` (P,) float32; `grad`, `working` (P,) in dtype;
     `applied`, `lr`, `max_norm` 0-D float32. `scale`: with float16, what `grad` is multiplied by.
+
+    slices: (the number of this process's slice of the buffers, how many there are). divided: the update is, so that `master` and the moments
+    are (P / slices,), those of `mine`; `whole` (P,) then has the masters that the module came with, until it is taken.
     """
 
     def __init__(
@@ -62,25 +67,38 @@ class FlatAdamW:
         weight_decay: float,
         max_norm: float,
         kernels: Kernels = OURS,
+        slices: tuple[int, int] = (0, 1),
+        divided: bool = False,
     ) -> None:
         self.module, self.weight_decay, self.kernels = module, weight_decay, kernels
         self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         sizes = [-(-shape.numel() // ALIGN) * ALIGN for shape in self.shapes.values()]
         self.offsets = dict(zip(self.shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-        self.master, self.exp_avg, self.exp_avg_sq = (torch.zeros(sum(sizes), device=device) for _ in range(3))
+        self.used, (number, count) = sum(sizes), slices  # elements with a parameter's
+        each = -(-self.used // (count * ALIGN)) * ALIGN
+        self.mine = slice(number * each, (number + 1) * each) if divided else slice(0, count * each)
+        self.is_divided = divided
+        self.whole: Tensor | None
+        self.exp_avg, self.exp_avg_sq = (torch.zeros(self.mine.stop - self.mine.start, device=device) for _ in range(2))
+        whole = torch.zeros(each * count, device=device)
         # With room behind it for what is summed over processes together with the gradient.
-        self.grad_and_tail = torch.zeros(sum(sizes) + ALIGN, device=device, dtype=dtype)
+        self.grad_and_tail = torch.zeros(len(whole) + ALIGN, device=device, dtype=dtype)
         self.grad = self.grad_and_tail[:-ALIGN]
         self.applied, self.lr = torch.zeros((), device=device), torch.zeros((), device=device)
         self.max_norm = torch.full((), max_norm, dtype=torch.float32, device=device)
         self.scale = LossScale.first(device) if dtype == torch.float16 else None
-        self.working = self.master if dtype == torch.float32 else torch.empty_like(self.grad)
+        self.working = whole if dtype == torch.float32 else torch.empty_like(self.grad)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
-                self.view(self.master, name).copy_(parameter)
+                self.view(whole, name).copy_(parameter)
                 parameter.data = self.view(self.working, name)
                 parameter.main_grad = self.view(self.grad, name)  # where fastpoem.model.ops writes
-            self.working.copy_(self.master)
+            self.working.copy_(whole)
+        self.is_copied = dtype != torch.float32  # is `working` another than the masters?
+        self.master, self.whole = whole, None
+        if self.is_divided:
+            self.master = whole[self.mine].clone() if self.is_copied else whole[self.mine]
+            self.whole = whole
 
     def collect(self) -> None:
         """Move the gradients that autograd left in `.grad` into `grad`: for a model that does not write `main_grad` itself
@@ -98,12 +116,15 @@ class FlatAdamW:
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.view(flat, name)) for name in self.shapes)
 
-    def step(self, loss: Tensor, gradient: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Clip and update from `gradient` (P,), None: `grad`, at the learning rate in `lr`. Returns (norm before clipping 0-D float32, skipped 0-D bool, excused):
-        a step whose norm or `loss` is not finite is skipped and changes nothing. excused: as `LossScale.update`, with float16."""
+    def step(
+        self, loss: Tensor, gradient: Tensor | None = None, norm: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Clip and update from `gradient` (P,), None: `grad`, at the learning rate in `lr`. norm: the gradient's (0-D float32), which a divided
+        update cannot know. Returns (norm before clipping 0-D float32, skipped 0-D bool, excused): a step whose norm or `loss` is not finite is
+        skipped and changes nothing. excused: as `LossScale.update`, with float16."""
         norm, skipped = self.kernels.clipped_adamw_(
             self.master,
-            self.grad if gradient is None else gradient,
+            (self.grad if gradient is None else gradient)[self.mine],
             self.exp_avg,
             self.exp_avg_sq,
             step=self.applied,
@@ -111,15 +132,16 @@ class FlatAdamW:
             max_norm=self.max_norm,
             weight_decay=self.weight_decay,
             loss=loss,
-            low_precision=None if self.working is self.master else self.working,
+            low_precision=self.working[self.mine] if self.is_copied else None,
             grad_scale=None if self.scale is None else self.scale.value,
+            norm=norm,
         )
         return norm, skipped, None if self.scale is None else self.scale.update(loss, norm)
 
     def reload(self) -> None:
-        """Renew the working copy after the masters were written from outside."""
-        if self.working is not self.master:
-            self.working.copy_(self.master)
+        """Renew the working copy (of a divided update its own slice) after the masters were written from outside."""
+        if self.is_copied:
+            self.working[self.mine].copy_(self.master)
 
 
 def learning_rate(

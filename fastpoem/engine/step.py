@@ -131,11 +131,12 @@ class Sums(NamedTuple):
     loss: Tensor  # 0-D: over the valid targets
     counts: Tensor  # (3,): valid, correct, counted; exact up to 2^24 tokens a step
     told: Tensor  # (6,): what a process tells all others (fastpoem.engine.world)
+    norm: Tensor  # 0-D: of the whole gradient, where the update is divided among processes
 
     @classmethod
     def of(cls, flat: Tensor) -> Sums:
         tail = flat[-ALIGN:]
-        return cls(flat, flat[:-ALIGN], tail[0], tail[1:4], tail[4:10])
+        return cls(flat, flat[:-ALIGN], tail[0], tail[1:4], tail[4:10], tail[10])
 
 
 class TrainStep:
@@ -143,7 +144,8 @@ class TrainStep:
 
     source: the resident corpus, or the buffer that a step's ids are sent to, at the device's `home`. pad_targets: padding counts in the loss, and
     never in the accuracy. reduce: what is done with the sums of a divided step, between its micro-batches and its update, and raises what these
-    raised; None: the step is done at once, and `poems` are all there are of it. accumulate: micro-batches of a divided step in this process.
+    raised; None: the step is done at once, and `poems` are all there are of it. accumulate: micro-batches that are added up in this process.
+    keep: is given the sums after each micro-batch, which then begin anew. gather: makes `working` whole after a divided update.
     """
 
     def __init__(
@@ -157,6 +159,8 @@ class TrainStep:
         pad_targets: bool = False,
         reduce: Callable[[Sums, Exception | None], None] | None = None,
         accumulate: int = 1,
+        keep: Callable[[Tensor], None] | None = None,
+        gather: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.pieces, self.optimizer, self.source = pieces, optimizer, source
         self.pad_id, self.pad_targets, self.device = pad_id, pad_targets, optimizer.master.device
@@ -165,12 +169,12 @@ class TrainStep:
         self.message = torch.zeros(poems + 1, 2, dtype=torch.int64, device=self.home)
         self.masks = Masks(0, 0)  # what is dropped, where `pieces.masks`
         self.account = Account.empty(self.device)
-        self.reduce = reduce
+        self.reduce, self.keep, self.gather = reduce, keep, gather
         self.sums: Sums | None = None
         if reduce is not None and accumulate == 1 and optimizer.grad.dtype == torch.float32:
             self.sums = Sums.of(optimizer.grad_and_tail)
         elif reduce is not None:
-            self.sums = Sums.of(torch.zeros(len(optimizer.master) + ALIGN, device=self.device))
+            self.sums = Sums.of(torch.zeros(len(optimizer.working) + ALIGN, device=self.device))
         self.launch: Callable[[Shape], None] | None = None  # in place of `work`, or of `micro` where it is divided
         self.launch_update: Callable[[], None] | None = None
         self.forms: Callable[[], int] = lambda: 0  # compiled so far
@@ -190,6 +194,9 @@ class TrainStep:
                 self.masks = Masks(key or 0, rows.first)
                 self.send(rows, lr)
                 (self.launch or (self.work if self.reduce is None else self.micro))(rows.shape)
+                if self.keep is not None and self.sums is not None:
+                    self.keep(self.sums.flat)
+                    self._begin_sums()
         except Exception as found:
             if self.reduce is None:
                 raise
@@ -197,6 +204,8 @@ class TrainStep:
         if self.reduce is not None and self.sums is not None:
             self.reduce(self.sums, error)
             (self.launch_update or self.update)()
+        if self.gather is not None:
+            self.gather(self.optimizer.working)
 
     def send(self, rows: Rows, lr: float) -> None:
         """Copy a step's poems and its learning rate, which are the host's, into the static tensors. Raises ValueError for what does not
@@ -243,7 +252,8 @@ class TrainStep:
         """Learn from the sums of a divided step, which begin anew."""
         assert self.sums is not None
         valid, correct, counted = self.sums.counts.long().unbind()
-        self._learn(self.sums.loss / self.sums.counts[0].clamp(min=1), valid, correct, counted, self.sums.gradient)
+        loss, norm = self.sums.loss / self.sums.counts[0].clamp(min=1), self.sums.norm
+        self._learn(loss, valid, correct, counted, self.sums.gradient, norm if self.optimizer.is_divided else None)
         self._begin_sums()
 
     def _begin_sums(self) -> None:
@@ -270,12 +280,18 @@ class TrainStep:
         return out
 
     def _learn(
-        self, loss: Tensor, valid: Tensor, correct: Tensor, counted: Tensor, gradient: Tensor | None = None
+        self,
+        loss: Tensor,
+        valid: Tensor,
+        correct: Tensor,
+        counted: Tensor,
+        gradient: Tensor | None = None,
+        norm: Tensor | None = None,
     ) -> None:
         """Update from `gradient` (P,), None: the optimizer's own, and note what happened."""
         lr, away = self.message.view(torch.float64)[-1, 0], self.home != self.device
         self.optimizer.lr.copy_(lr.float() if away else lr)
-        norm, skipped, excused = self.optimizer.step(loss, gradient)
+        norm, skipped, excused = self.optimizer.step(loss, gradient, norm)
         told = (loss, norm, skipped, valid, correct, counted)
         self.pieces.account(self.account, *([x.to(self.home) for x in told] if away else told), excused)
 

@@ -16,7 +16,7 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -77,18 +77,10 @@ class World:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def shares(self, accumulate: int) -> tuple[range, int]:
-        """(the numbers of this process's shares of a step, how many all have), with so many micro-batches in each process."""
-        return range(self.rank * accumulate, (self.rank + 1) * accumulate), self.size * accumulate
-
     def join(self, device: torch.device) -> None:
-        """Meet the others, and be ready for collectives. Takes as many of the machine's cores as are each one's share, where OMP_NUM_THREADS
-        is not set or is the one that torchrun sets."""
+        """Meet the others, and be ready for collectives."""
         if self.size == 1:
             return
-        if os.environ.get("OMP_NUM_THREADS", "1") == "1":
-            mine = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # macOS
-            torch.set_num_threads(max(1, len(mine) // self.local_size))
         forever = datetime.timedelta(days=30)
         try:
             store, _, _ = next(iter(dist.rendezvous("env://", timeout=forever)))
@@ -158,11 +150,11 @@ class World:
         else:
             self._wait(lambda: self._store.check([f"{name}/all"]))
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """`tensor` becomes the first process's."""
+    def broadcast(self, tensor: Tensor, rank: int = 0) -> None:
+        """`tensor` becomes that of one process."""
         if self.size > 1:
             with self._answered():
-                dist.broadcast(tensor, 0)
+                dist.broadcast(tensor, rank)
 
     def add_up(self, tensor: Tensor) -> Tensor:
         """The sum of all processes' tensors, in place."""
@@ -171,19 +163,56 @@ class World:
                 dist.all_reduce(tensor)  # SUM: gloo's AVG is silently wrong (pytorch #162338)
         return tensor
 
+    def scatter_sum(self, tensor: Tensor, mine: slice) -> None:
+        """tensor[mine] becomes the sum of all processes'; the rest is lost. One of equal slices in the order of ranks each. NCCL's."""
+        dist.reduce_scatter_tensor(tensor[mine], tensor)
+
+    def exchange(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Of `tensor` (size, n) row r goes to process r. Returns what came from each, one after the other, of these sizes."""
+        found = tensor.new_empty(sum(sizes))
+        with self._answered():
+            dist.all_to_all_single(found, tensor.flatten(), list(sizes), [tensor.shape[1]] * self.size)
+        return found
+
+    def gather(self, tensor: Tensor, mine: slice) -> None:
+        """Each process's slice of `tensor` becomes that which it has. Equal slices in the order of ranks."""
+        with self._answered():
+            whole = tensor.view(torch.uint8)  # gloo knows few types
+            each = whole[tensor.element_size() * mine.start : tensor.element_size() * mine.stop]
+            dist.all_gather_into_tensor(whole, each.clone() if tensor.is_cpu else each)
+
+    def gather_to_first(self, mine: Tensor, whole: Tensor | None) -> None:
+        """All processes' slices in `whole`, which the first has."""
+        spare = torch.empty_like(mine)
+        for rank in range(self.size):
+            part = spare if whole is None else whole.view(self.size, -1)[rank]
+            if rank == self.rank:
+                part.copy_(mine)
+            self.broadcast(part, rank)
+
+    def scatter_from_first(self, mine: Tensor, whole: Tensor | None) -> None:
+        """Each process's slice out of the first's `whole`."""
+        spare = torch.empty_like(mine)
+        for rank in range(self.size):
+            part = spare if whole is None else whole.view(self.size, -1)[rank]
+            self.broadcast(part)
+            if rank == self.rank:
+                mine.copy_(part)
+
     def differing(self, weights: Tensor) -> list[int]:
-        """The processes whose `weights` (P,) float32 are not the first's, by the sum of their bits."""
+        """The processes whose `weights` (P,) are not the first's, by the sum of their bits."""
         every = torch.zeros(self.size, dtype=torch.int64, device=weights.device)
-        every[self.rank] = weights.view(torch.int32).sum(dtype=torch.int64)
+        every[self.rank] = weights.view(torch.int16).sum(dtype=torch.int64)
         first, *others = self.add_up(every).tolist()
         return [rank for rank, one in enumerate(others, 1) if one != first]
 
-    def reduce(self, sums: Sums, error: Exception | None) -> None:
-        """The step's collective, with what this process tells (`tells`). error: what happened to it in the step, raised here once all know;
-        where it happened to another, Ended is raised. What all were told is in `told`, on a GPU a step later, as it is not waited for."""
+    def reduce(self, sums: Sums, error: Exception | None, add: Callable[[Sums], object]) -> None:
+        """Add up a step's sums by `add`, with what this process tells (`tells`). error: what happened to it in the step, raised here once all
+        know; where it happened to another, Ended is raised. What all were told is in `told`, on a GPU a step later, as it is not waited for."""
         if self.size == 1:
             if error is not None:
                 raise error
+            add(sums)
             return
         stop, save = self.tells()
         mine = [*(stop == one for one in SIGNALS), error is not None, (self.rank + 1) * (error is not None), save]
@@ -191,7 +220,7 @@ class World:
         sums.told.copy_(torch.tensor(mine, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
         if error is not None:
             sums.gradient.zero_()
-        self.add_up(sums.flat)
+        add(sums)
         if on_gpu:
             heard = torch.empty(len(mine), pin_memory=True).copy_(sums.told, non_blocking=True)
             late, self._on_the_way = self._on_the_way, (heard, torch.cuda.Event())

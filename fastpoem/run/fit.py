@@ -25,9 +25,10 @@ from fastpoem.doctor.trust import decide
 from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.build import Trusted, build_step
 from fastpoem.engine.compile import keep_caches_in
+from fastpoem.engine.exact import shares
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
-from fastpoem.engine.precision import choose_device, choose_dtype
+from fastpoem.engine.precision import choose_dtype
 from fastpoem.engine.world import World
 from fastpoem.errors import InputError
 from fastpoem.model import hub
@@ -42,6 +43,7 @@ from fastpoem.run.console import Voice
 from fastpoem.run.given import Given, order_of, take
 from fastpoem.run.loop import DROPOUT, Loop, NotSaved, check_state
 from fastpoem.run.opened import Run
+from fastpoem.run.processes import check_shares, choose_device, divides, threads
 from fastpoem.run.samples import Samples, Writer
 from fastpoem.run.summary import after, before
 from fastpoem.run.trackers import check_installed
@@ -117,18 +119,15 @@ def assembled(
     first has the run's folder; None: this one alone."""
     world = world or World()
     keep_caches_in(config.cache_dir)
-    device = _choose_device(config, world, voice)
+    device = choose_device(config, world, voice)
     if device.type == "cpu":
         keep_freed_memory()
-    _, parts = world.shares(config.accumulate)
-    if parts > config.batch_size:
-        reason = f"fewer poems than the {parts} parts of a step ({world.size} processes, {config.accumulate} micro-batches each)"
-        mend = "raise it, or lower --accumulate" + (" or start fewer processes" if world.size > 1 else "")
-        raise InputError(f"--batch-size {config.batch_size}", reason, mend)
+    check_shares(config, device, world)
     world.join(device)
     try:
-        yield from _assembled(config, voice, scratch, world, device)
-        world.meet()
+        with threads(config, world):
+            yield from _assembled(config, voice, scratch, world, device)
+            world.meet()
     except BaseException as error:
         if isinstance(error, InputError):
             error.here = True
@@ -196,6 +195,8 @@ def _assembled(
                 weight_decay=config.weight_decay,
                 max_norm=config.max_grad_norm,
                 kernels=trusted.kernels,
+                slices=(world.rank, world.size),
+                divided=divides(config, device, world),
             )
         special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
         files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
@@ -210,7 +211,7 @@ def _assembled(
             table = None if ids is None else numbering(ids, store)
             feed = Feed(store, config.batching, rounded=device.type == "cuda" and config.graphs != "off", table=table)
             pad_id = tokenizer.pad_id if table is None else int(table[tokenizer.pad_id])
-            shapes = _shapes(order, feed, *world.shares(config.accumulate))
+            shapes = _shapes(order, feed, *shares(config, world))
             step = build_step(config, model.train(), optimizer, feed, pad_id, shapes, voice.say, trusted, world)
             writer = Writer(model, tokenizer, config.sample, sorted(never), ids, config.seed)
         ask()  # from here on a run has begun, which stops with a checkpoint
@@ -238,9 +239,7 @@ def _assembled(
             raise InputError(out, "its checkpoints vanished while this command began", "give it again")
         with voice.phase("waiting for the other processes"):
             world.meet()
-        for tensor in loop.train_state.each():
-            world.broadcast(tensor)
-        optimizer.reload()
+        loop.train_state.distribute(world)
         if not world.is_first:  # where PyTorch's generator draws (not on a CPU), each has masks of its own
             torch.manual_seed(key_of(config.seed, DROPOUT, loop.done, world.rank) >> 1)
         with folder.refused_by_the_disk(out):
@@ -258,8 +257,7 @@ def _assembled(
             claim.hold()
             rows = loop.metrics.rows
             if weights is None:
-                weights = dict(optimizer.named(optimizer.master))
-                weights = weights if narrowed is None else narrowed.widen(weights)
+                weights = loop.train_state.weights()
             else:
                 rows = [row for row in rows if row["step"] <= loop.best.step]
             settings, held = identity["settings"], len(given.validation.rows)
@@ -356,22 +354,6 @@ def _choose_batching(
         if device.type == "cuda" and why != what:
             why += f"; attention inside them: {what}"
     return config, trusted, varlen, voice.words(WORDS[batching], voice.words(why))
-
-
-def _choose_device(config: TrainConfig, world: World, voice: Voice) -> torch.device:
-    """Of several processes, each has the GPU of its local number. Raises InputError."""
-    if world.size == 1:
-        return choose_device(config.device, voice.say)
-    if config.device not in ("auto", "cpu", "cuda"):
-        mend = "use --device cuda, with CUDA_VISIBLE_DEVICES to choose cards, or --device cpu"
-        raise InputError(f"--device {config.device}", f"cannot be shared by {world.size} processes", mend)
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    try:
-        return choose_device(f"cuda:{world.local_rank}", voice.say)
-    except InputError as error:
-        error.here = True
-        raise
 
 
 def _shapes(order: Order, feed: Feed, mine: range, parts: int) -> list[Shape]:

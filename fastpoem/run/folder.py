@@ -43,6 +43,8 @@ FREE_ON_RESUME = frozenset(
         "graphs",
         "attention",
         "accumulate",
+        "parallel",
+        "exact",
         "epochs",
         "max_steps",
         "log_every",

@@ -22,6 +22,7 @@ from fastpoem import disk
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.plan import Order, key_of
+from fastpoem.engine.exact import shares
 from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep
@@ -109,7 +110,7 @@ class Loop:
         self.train_state = TrainState(self.step, self.device, self.narrowed, copied=self.world.is_first)
         self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
         self._recent, self._estimated = Recent(), False
-        self.my_parts, self.parts = self.world.shares(self.config.accumulate)  # the shares of a step done here, of all
+        self.my_parts, self.parts = shares(self.config, self.world)  # the shares of a step done here, of all
 
     def close(self) -> None:
         self.saver.close()
@@ -137,7 +138,8 @@ class Loop:
         if self.device.type != "cpu":
             return f"{self.device.type}"
         in_c = self.step.optimizer.working.dtype == torch.float32 and native.why_not() is None
-        return "C on the CPU" if in_c else "PyTorch's operators on the CPU"
+        what = "C on the CPU" if in_c else "PyTorch's operators on the CPU"
+        return f"{what} in {torch.get_num_threads()} threads, exactly" if self.config.exact else what
 
     @property
     def is_over(self) -> bool:
@@ -297,14 +299,14 @@ class Loop:
 
     def _is_measured(self) -> bool:
         """Does this epoch end with a look at how many poems are in form?"""
-        asked = self.config.sample_every != 0 and is_finite(self.step.optimizer.master)
+        asked = self.config.sample_every != 0 and is_finite(self.step.optimizer.working)
         return asked and due(self.done, self.order.steps, None)
 
     def _sample(self) -> None:
         """A few poems from the weights as they are, once a step. A signal that comes meanwhile is the loop's to answer."""
         samples = self.samples
         if samples is not None and not (
-            samples.broken or samples.has(self.done) or not is_finite(self.step.optimizer.master)
+            samples.broken or samples.has(self.done) or not is_finite(self.step.optimizer.working)
         ):
             with suppress(Stopped), self.voice.phase("writing a few poems"):
                 if poems := samples.take(self.done, self.done / self.order.steps):
@@ -404,13 +406,15 @@ class Loop:
         self.saver.start(f"the checkpoint of step {done}", job, then=then)
 
     def _agree(self) -> None:
-        """Wait for the first process, and compare the weights of all with its. Raises Ended where they differ."""
+        """Wait for the first process, compare the weights of all with its, and give it what of them is only others'. Raises Ended where they
+        differ."""
         self.world.meet()
-        if self.world.size > 1 and (wrong := self.world.differing(self.step.optimizer.master)):
+        if self.world.size > 1 and (wrong := self.world.differing(self.step.optimizer.working)):
             raise Ended(
                 f"step {self.done}: the weights of process {', '.join(map(str, wrong))} differ from those of process 0, so this step has no "
                 "checkpoint; --resume goes on from the newest"
             )
+        self.train_state.collect(self.world)
 
     def _finish_saving(self, stop: StopRequest) -> None:
         """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""

@@ -61,12 +61,20 @@ def before(
     steps = [say("{0} epochs" if epochs != 1 else "1 epoch", f"{epochs:.3g}"), _steps(say, loop.last_step)]
     steps.append(say("learning rate {0:.2g}, {1}", config.lr, config.schedule))
     steps += [say("warm-up {0:,} steps", loop.warmup)] if loop.warmup else []
+    device = [name_of(loop.device, say), say("in {0} ({1})", str(dtype)[6:], say(why))]
+    if loop.world.size > 1:
+        divided = (
+            "{0} processes, which divide the poems and the update"
+            if loop.step.optimizer.is_divided
+            else "{0} processes, which divide the poems"
+        )
+        device.insert(1, say(divided, loop.world.size))
     saved = size(SAVED * count_parameters(shape))
     return [
         ("data", say(", ").join(data)),
         ("batches", say(", ").join(batches)),
         ("model", say(", ").join(model)),
-        ("device", say(", ").join([name_of(loop.device, say), say("in {0} ({1})", str(dtype)[6:], say(why))])),
+        ("device", say(", ").join(device)),
         ("training", say(", ").join(steps)),
         ("checkpoints", say(", ").join([str(out), say("{0} each, {1} kept", saved, config.keep)])),
     ]

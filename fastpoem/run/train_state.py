@@ -5,13 +5,14 @@ A copy is made in two stages: three flat buffers at memory speed, between two st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpoem.engine.step import TrainStep, rng_state, set_rng_state
+from fastpoem.engine.world import World
 from fastpoem.model.hub import WEIGHTS
 from fastpoem.model.vocabulary import EMBEDDING, Narrowed
 from fastpoem.run.checkpoint import OPTIMIZER
@@ -31,31 +32,64 @@ class TrainState:
         # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
         self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         # `clone`: the pages are touched now, not at the first save.
-        self._copies = {name: getattr(step.optimizer, name).clone() for name in FLATS} if copied else {}
+        self._copies = {name: flat.clone() for name, flat in self._live().items()} if copied else {}
+        step.optimizer.whole = None
 
     def tensors(self) -> Tensors:
-        """Those in use: what is copied into them is what training goes on with, once `adopt` was called."""
-        return self._widen(self._named({name: getattr(self._step.optimizer, name) for name in FLATS}))
+        """Those in use: what is copied into them is what training goes on with, once `adopt` was called. Of a divided update the copies,
+        which `distribute` gives to all."""
+        return self._widen(self._named(self._flats()))
+
+    def _live(self) -> dict[str, Tensor]:
+        """The flat buffers; of a divided update whole, as they are before training."""
+        optimizer = self._step.optimizer
+        if optimizer.whole is None:
+            return {name: getattr(optimizer, name) for name in FLATS}
+        return dict(zip(FLATS, (optimizer.whole, *map(torch.zeros_like, [optimizer.whole] * 2)), strict=True))
+
+    def _flats(self) -> dict[str, Tensor]:
+        return self._copies if self._step.optimizer.is_divided else self._live()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight by name: of a divided update as `collect` found them."""
+        return self._widen({WEIGHTS: dict(self._step.optimizer.named(self._flats()["master"]))})[WEIGHTS]
 
     def adopt(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """What is left to do when a checkpoint has been copied into `tensors()`."""
         optimizer = self._step.optimizer
         if self._narrowed is not None:
-            self._narrowed.adopt(tensors[WEIGHTS], optimizer.view(optimizer.master, EMBEDDING))
+            self._narrowed.adopt(tensors[WEIGHTS], optimizer.view(self._flats()["master"], EMBEDDING))
         optimizer.reload()
         set_rng_state(tensors[OPTIMIZER][f"rng.{self._device.type}"], self._device)
 
-    def each(self) -> Iterator[Tensor]:
-        """All that processes which train together have in common: what one has when it has another's of these."""
+    def distribute(self, world: World) -> None:
+        """All processes have what the first has, of a divided update each its slice of it."""
         optimizer, account = self._step.optimizer, self._step.account
-        yield from (getattr(optimizer, name) for name in FLATS)
-        yield from (optimizer.applied, account.sums, account.losses, account.failed_in_a_row, account.most_failed)
-        yield from optimizer.scale or ()
+        for name in FLATS:
+            mine = getattr(optimizer, name)
+            if optimizer.is_divided:
+                world.scatter_from_first(mine, self._copies.get(name))
+            else:
+                world.broadcast(mine)
+        for tensor in (optimizer.applied, account.sums, account.losses, account.failed_in_a_row, account.most_failed):
+            world.broadcast(tensor)
+        for tensor in optimizer.scale or ():
+            world.broadcast(tensor)
+        optimizer.reload()
+        if optimizer.is_divided:
+            world.gather(optimizer.working, optimizer.mine)
+
+    def collect(self, world: World) -> None:
+        """The first process's copies of a divided update are as all have them now, for it to `copy`."""
+        if self._step.optimizer.is_divided:
+            for name in FLATS:
+                world.gather_to_first(getattr(self._step.optimizer, name), self._copies.get(name))
 
     def copy(self) -> Callable[[], Tensors]:
         """Copy them as they are now. What is returned gives the copy, on the CPU, and may be called in another thread."""
-        for name, copy in self._copies.items():
-            copy.copy_(getattr(self._step.optimizer, name))
+        if not self._step.optimizer.is_divided:
+            for name, copy in self._copies.items():
+                copy.copy_(getattr(self._step.optimizer, name))
         tensors = self._named(self._copies)
         small = tensors[OPTIMIZER]
         small |= {name: tensor.clone() for name, tensor in small.items() if not name.startswith("exp_avg")}

@@ -8,7 +8,7 @@ kernels under the interpreter on CPU tensors with `TRITON_INTERPRET=1`. The pack
 where there is a GPU.
 """
 
-from fastpoem_kernels.adamw import clipped_adamw_
+from fastpoem_kernels.adamw import clipped_adamw_, gradient_norm
 from fastpoem_kernels.loss import CrossEntropy, cross_entropy
 
-__all__ = ["CrossEntropy", "clipped_adamw_", "cross_entropy"]
+__all__ = ["CrossEntropy", "clipped_adamw_", "cross_entropy", "gradient_norm"]

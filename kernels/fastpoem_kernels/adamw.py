@@ -35,26 +35,32 @@ def clipped_adamw_(
     loss: Tensor | None = None,  # ()
     low_precision: Tensor | None = None,  # (P,) bfloat16 or float16
     grad_scale: Tensor | None = None,  # () float32
+    norm: Tensor | None = None,  # () float32
 ) -> tuple[Tensor, Tensor]:
     """One optimizer step in place; returns the gradient's L2 norm before clipping (0-D float32) and `skipped` (0-D bool).
 
     `step` counts the steps applied and is advanced here. `skipped`: the norm, `loss` or `lr` was not finite and nothing changed.
     `grad_scale`: what the gradient was multiplied by (`cross_entropy`'s scale); the norm, the clip and the update are those of the
-    gradient without it.
+    gradient without it. `norm`: that of the gradient of which `grad`, as it is, is only a part.
     `low_precision` receives the rounded weights. On the CPU a float32 `grad` may be left clipped; its content is spent.
     """
     flat = [param, grad, exp_avg, exp_avg_sq, *([] if low_precision is None else [low_precision])]
     if any(t.shape != (param.numel(),) or not t.is_contiguous() for t in flat):
         raise ValueError(f"flat contiguous tensors of one length expected, got {[[*t.shape] for t in flat]}")
-    given = [] if grad_scale is None else [grad_scale]
+    given = [number for number in (grad_scale, norm) if number is not None]
     if any(t.dtype != torch.float32 for t in (param, exp_avg, exp_avg_sq, step, lr, max_norm, *given)):
-        raise TypeError("weights, moments, step, lr, max_norm and grad_scale must be float32")
+        raise TypeError("weights, moments, step, lr, max_norm, grad_scale and norm must be float32")
     if any(t.shape != () for t in (step, lr, max_norm, *given, *([] if loss is None else [loss]))):
-        raise ValueError("step, lr, max_norm, grad_scale and loss must be 0-D tensors")
+        raise ValueError("step, lr, max_norm, grad_scale, norm and loss must be 0-D tensors")
     if grad.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"float32, bfloat16 or float16 gradient expected, got {grad.dtype}")
     flats, numbers = (param, grad, exp_avg, exp_avg_sq), (step, lr, max_norm, loss, low_precision)
-    return _clipped_adamw(*flats, *numbers, beta1, beta2, eps, weight_decay, grad_scale)
+    return _clipped_adamw(*flats, *numbers, beta1, beta2, eps, weight_decay, grad_scale, norm)
+
+
+def gradient_norm(grad: Tensor) -> Tensor:
+    """L2 norm (0-D float32) of a gradient (P,), as `clipped_adamw_` takes it on the CPU: the same bits for any number of threads."""
+    return _norm(grad) if grad.is_cpu else torch.linalg.vector_norm(grad, dtype=torch.float32)
 
 
 @operator("clipped_adamw_", overwrites=("param", "grad", "exp_avg", "exp_avg_sq", "step", "low_precision"))
@@ -73,13 +79,15 @@ def _clipped_adamw(
     eps: float,
     weight_decay: float,
     grad_scale: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if runs_triton(param):
         from fastpoem_kernels import adamw_triton  # only here: the CPU needs no Triton
 
         flats, numbers = (param, grad, exp_avg, exp_avg_sq), (step, lr, max_norm, loss, low_precision)
-        return adamw_triton.clipped_adamw(*flats, *numbers, beta1, beta2, eps, weight_decay, grad_scale)
-    norm = _norm(grad) if grad_scale is None else _norm(grad) / grad_scale
+        return adamw_triton.clipped_adamw(*flats, *numbers, beta1, beta2, eps, weight_decay, grad_scale, norm)
+    norm = _norm(grad) if norm is None else norm.clone()
+    norm = norm if grad_scale is None else norm / grad_scale
     finite = norm.isfinite() & lr.isfinite()
     if loss is not None:
         finite &= loss.isfinite()

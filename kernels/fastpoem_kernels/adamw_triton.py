@@ -33,15 +33,16 @@ def clipped_adamw(
     eps: float,
     weight_decay: float,
     grad_scale: Tensor | None = None,
+    whole_norm: Tensor | None = None,  # (): of the gradient of which `grad` is a part
 ) -> tuple[Tensor, Tensor]:
     """Norm (0-D float32) and skipped (0-D bool)."""
     length = param.numel()
-    programs = min(PARTIALS, triton.cdiv(length, NORM_BLOCK))
-    partials = param.new_empty(programs)
+    programs = min(PARTIALS, triton.cdiv(length, NORM_BLOCK)) if whole_norm is None else 1
+    partials = param.new_empty(programs) if whole_norm is None else whole_norm.square().view(1)
     scalars = param.new_empty(5)
     norm, skipped = param.new_empty(()), param.new_empty((), dtype=torch.bool)
     with torch.cuda.device_of(param):
-        if length:
+        if length and whole_norm is None:
             partial_squares[(programs,)](grad, partials, length, programs, NORM_BLOCK, num_warps=NORM_WARPS)
         step_scalars[(1,)](
             partials, step, lr, max_norm, norm if loss is None else loss, lr if grad_scale is None else grad_scale,

@@ -160,7 +160,8 @@ def _check_adamw(device: torch.device, grad_dtype: torch.dtype, parameters: int)
         exact.grad = grad.double() if scale is None else grad.double() / scale
         expected = torch.nn.utils.clip_grad_norm_([exact], limit.item())
         reference.step()
-        norm, skipped = adamw.clipped_adamw_(param, grad, m, v, **kinds)
+        more = {"norm": adamw.gradient_norm(grad)} if size == 10.0 else {}  # as for a part of a gradient
+        norm, skipped = adamw.clipped_adamw_(param, grad, m, v, **kinds, **more)
         errors.append(_relative(norm, expected))
         sound &= not skipped
     state = reference.state[exact]

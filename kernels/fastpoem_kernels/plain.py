@@ -61,9 +61,10 @@ def clipped_adamw_(
     loss: Tensor | None = None,  # ()
     low_precision: Tensor | None = None,  # (P,) bfloat16 or float16
     grad_scale: Tensor | None = None,  # () float32
+    norm: Tensor | None = None,  # () float32
 ) -> tuple[Tensor, Tensor]:
     """As `fastpoem_kernels.clipped_adamw_`, on `torch._fused_adamw_`, which can scale and skip by device tensors."""
-    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float32) if norm is None else norm.clone()
     norm = norm if grad_scale is None else norm / grad_scale
     skipped = ~(norm.isfinite() & lr.isfinite())
     if loss is not None:

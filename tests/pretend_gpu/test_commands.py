@@ -128,14 +128,20 @@ def test_another_card_is_used_and_no_other(command, tiny, tmp_path, graphs):
     )
 
 
-@pytest.mark.parametrize("more", [("--compile", "off"), ("--compile", "on", "--accumulate", "2")])
-def test_two_processes_train_on_two_cards(command, tiny, tmp_path, more):
-    """Each on its own, with one sum a step between a recording of its share and the recording of the update."""
+@pytest.mark.parametrize(
+    "compiled, accumulate, parallel", [("off", 1, "data"), ("off", 1, "auto"), ("on", 2, "sharded")]
+)
+def test_two_processes_train_on_two_cards(command, tiny, tmp_path, compiled, accumulate, parallel):
+    """Each on its own, with one sum a step between the recording of its share and the recording of the update; then, where each updates a
+    slice, the weights are put together."""
     run = tmp_path / "run"
-    flags = [*tiny[: tiny.index("--device")], "--device", "cuda", "--out", run, "--epochs", 2, "--log-every", 1, *more]
+    flags = [*tiny[: tiny.index("--device")], "--device", "cuda", "--out", run, "--epochs", 2, "--log-every", 1]
+    flags += ["--compile", compiled, "--accumulate", accumulate, "--parallel", parallel]
     torchrun = ["--standalone", "--nproc-per-node", "2", "-m", TRAIN]
-    outcome = command("torch.distributed.run", *torchrun, *flags, devices=2, extra=UNCOVERED if "on" in more else {})
+    extra = UNCOVERED if compiled == "on" else {}
+    outcome = command("torch.distributed.run", *torchrun, *flags, devices=2, extra=extra)
     assert_sound(outcome)
+    assert ("divide the poems and the update" in outcome.said) == (parallel != "data")
     assert [row["step"] for row in rows(run) if "event" not in row] == [*range(1, 29)]
     trained = [log for log in outcome.log.processes() if log.collectives]
     assert len(trained) == 2
@@ -144,11 +150,19 @@ def test_two_processes_train_on_two_cards(command, tiny, tmp_path, more):
     for log in trained:
         assert len({entry.values["device"] for entry in log.done if "device" in entry.values}) == 1
         assert not any(one.failed or any(entry.letter == "N" for entry in one.operations) for one in log.captures)
-        sums = [one for one in log.collectives if one.name == "ncclAllReduce" and int(one.words[1]) > 4 * parameters]
+        gradient = "ncclAllReduce" if parallel == "data" else "ncclReduceScatter"
+        sums = [
+            at
+            for at, one in enumerate(log.done)
+            if one.letter == "N" and one.name == gradient and int(one.words[1]) >= 4 * parameters
+        ]
         assert len(sums) == 28
-        places = [place for place, entry in enumerate(log.done) if entry in sums]
-        launches = [sum(entry.letter == "GL" for entry in log.done[a:b]) for a, b in itertools.pairwise(places)]
-        assert set(launches) == {3 if "--accumulate" in more else 2}  # the update and each micro-batch
+        steps = [log.done[a:b] for a, b in itertools.pairwise(sums)]
+        assert {sum(one.letter == "GL" for one in step) for step in steps} == {1 + accumulate}  # the update is one
+        gathers = [one for one in log.collectives if one.name == "ncclAllGather"]  # in bf16, by halves
+        assert {int(one.words[1]) // parameters for one in gathers} <= {1} and len(gathers) == 29 * (parallel != "data")
+    kept = weights(run / "model")
+    assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for name, tensor in kept.items() if "wte" in name)
 
 
 def test_two_processes_stop_together(command, tiny, tmp_path):

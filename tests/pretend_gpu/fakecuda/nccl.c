@@ -83,7 +83,10 @@ int ncclCommGetAsyncError(Comm* comm, int* result) {
     return SUCCESS;
 }
 
-static int collective(const char* what, Comm* comm, const void* from, void* to, size_t count, int type, int root, cudaStream_t handle) {
+// count: of what is sent. `from` goes into this process's slot; then `to` is made from all, elements [first, first + many) of each.
+enum { SUM, FIRST_OF, ALL };
+static int collective(const char* what, int how, Comm* comm, const void* from, void* to, size_t count, int type, size_t first, size_t many,
+                      int root, cudaStream_t handle) {
     Stream* stream = stream_of(handle);
     size_t bytes = count * width[type];
     int number = 0;
@@ -93,21 +96,32 @@ static int collective(const char* what, Comm* comm, const void* from, void* to, 
     if (stream->capture || bytes > MOST) return SUCCESS;
     memcpy(comm->slots + comm->rank * MOST, from, bytes);
     if (meet(comm)) return SYSTEM_ERROR;
-    if (root >= 0)
-        memcpy(to, comm->slots + root * MOST, bytes);
-    else
-        memset(to, 0, bytes);
-    for (int rank = 0; root < 0 && type == FLOAT32 && rank < comm->ranks; rank++)
-        for (size_t i = 0; i < count; i++) ((float*)to)[i] += ((float*)(comm->slots + rank * MOST))[i];
+    if (how == FIRST_OF) memcpy(to, comm->slots + root * MOST, bytes);
+    if (how == SUM) memset(to, 0, many * width[type]);
+    for (int rank = 0; rank < comm->ranks; rank++) {
+        char* slot = comm->slots + rank * MOST;
+        if (how == ALL) memcpy((char*)to + rank * bytes, slot, bytes);
+        for (size_t i = 0; how == SUM && type == FLOAT32 && i < many; i++) ((float*)to)[i] += ((float*)slot)[first + i];
+    }
     return meet(comm);
 }
+static void only_sums(const char* what, int op) {
+    if (op) say("X %s with operation %d: only sums are modelled", what, op);
+}
 int ncclAllReduce(const void* from, void* to, size_t count, int type, int op, Comm* comm, cudaStream_t stream) {
-    if (op) say("X ncclAllReduce with operation %d: only sums are modelled", op);
-    return collective("ncclAllReduce", comm, from, to, count, type, -1, stream);
+    only_sums("ncclAllReduce", op);
+    return collective("ncclAllReduce", SUM, comm, from, to, count, type, 0, count, 0, stream);
+}
+int ncclReduceScatter(const void* from, void* to, size_t each, int type, int op, Comm* comm, cudaStream_t stream) {
+    only_sums("ncclReduceScatter", op);
+    return collective("ncclReduceScatter", SUM, comm, from, to, each * comm->ranks, type, each * comm->rank, each, 0, stream);
+}
+int ncclAllGather(const void* from, void* to, size_t each, int type, Comm* comm, cudaStream_t stream) {
+    return collective("ncclAllGather", ALL, comm, from, to, each, type, 0, 0, 0, stream);
 }
 int ncclBcast(void* both, size_t count, int type, int root, Comm* comm, cudaStream_t stream) {
-    return collective("ncclBcast", comm, both, both, count, type, root, stream);
+    return collective("ncclBcast", FIRST_OF, comm, both, both, count, type, 0, 0, root, stream);
 }
 int ncclBroadcast(const void* from, void* to, size_t count, int type, int root, Comm* comm, cudaStream_t stream) {
-    return collective("ncclBroadcast", comm, from, to, count, type, root, stream);
+    return collective("ncclBroadcast", FIRST_OF, comm, from, to, count, type, 0, 0, root, stream);
 }
