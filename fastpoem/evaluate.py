@@ -1,7 +1,7 @@
 """`python -m fastpoem.evaluate --model DIR --data SRC`: what a model makes of poems, and what its own are like.
 
-`--json` prints one object: `model`, `data`, `poems`, `tokens`, `loss` (nats a token, Hugging Face's masked loss), `perplexity`, `accuracy`,
-`loss_per_poem`, `perplexity_per_character`, `unknown_share`, `loss_without_unknown`, `frequencies_only`, `trained_on`, `by_length` and `by_form` (lists of
+`--json` prints one object: `model`, `data`, `held_out` (whether the poems are those that training holds out of `data`), `poems`, `tokens`,
+`loss` (nats a token, Hugging Face's masked loss), `perplexity`, `accuracy`, `loss_per_poem`, `perplexity_per_character`, `unknown_share`, `loss_without_unknown`, `frequencies_only`, `trained_on`, `by_length` and `by_form` (lists of
 `name`, `poems`, `loss`, `accuracy`), `written` (null with --count 0).
 """
 
@@ -11,13 +11,12 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastpoem import signals
 from fastpoem.cli import parse, prog, run_command
+from fastpoem.config import TrainConfig
 from fastpoem.errors import InputError, say
 from fastpoem.generation.config import GenerateConfig
 
@@ -28,10 +27,13 @@ class EvaluateConfig:
 
     model: str
     """A run's folder, the folder of a model, or a Hugging Face name."""
-    data: tuple[str, ...]
-    """Poems, in any form that training takes. Several are one set."""
+    data: tuple[str, ...] = ()
+    """Poems, in any form that training takes; several are one set. Or a run's folder: the poems that it was validated on. Without it: those of
+    the run that --model is."""
     field: str | None = None
     """Column (or key) that holds the poem in .csv, .tsv and JSON. None: content, text, paragraphs and the like are tried."""
+    val_poems: int | None = None
+    """Only the poems that training on --data with this --val-poems and --seed holds out for validation. None: all."""
     poems: int | None = None
     """At most so many poems, drawn by --seed. None: all."""
     count: int = 100
@@ -43,7 +45,7 @@ class EvaluateConfig:
     batch_size: int = 32
     """Poems at a time."""
     seed: int = 0
-    """Draws --poems, and the poems that are written."""
+    """Draws --val-poems as training does, --poems, and the poems that are written."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     cache_dir: str | None = None
@@ -54,7 +56,7 @@ class EvaluateConfig:
     """Language of what is printed. auto: on a terminal that of the locale, in a pipe English."""
 
     def check(self) -> EvaluateConfig:
-        for name, low in (("poems", 1), ("count", 0), ("batch_size", 1), ("seed", 0)):
+        for name, low in (("val_poems", 1), ("poems", 1), ("count", 0), ("batch_size", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < low:
                 raise InputError(f"--{name.replace('_', '-')} {value}", "out of range", f"use {low} or more")
@@ -79,8 +81,7 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
     from rich.console import Console
     from rich.progress import Progress
 
-    from fastpoem.corpus.source import Source, source_files
-    from fastpoem.corpus.store import TokenStore, cached_store, is_store
+    from fastpoem.corpus.source import Source
     from fastpoem.corpus.tokenize import PoemTokenizer
     from fastpoem.corpus.tokenizer_files import never_ids
     from fastpoem.engine.compile import keep_caches_in
@@ -91,40 +92,32 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
     from fastpoem.model.find import resolve_folder
     from fastpoem.model.gpt2 import GPT2
     from fastpoem.model.vocabulary import never_written
-    from fastpoem.run import evaluation
+    from fastpoem.run import evaluated, evaluation
+    from fastpoem.run.given import named
     from fastpoem.run.trained import trained_model
 
     keep_caches_in(config.cache_dir)
-    source = Source.given(config.data, field=config.field)
-    stores = [path for path in source.paths if is_store(path)]
-    if stores and len(source.paths) > 1:
-        raise InputError(stores[0], "is a token store, which stands alone", "give --data all texts, or one store")
-    if not stores:
-        source_files(source)  # raises for what is not there
+    mine = evaluated.run_of(config.model)
+    data = config.data or ((str(mine),) if mine is not None else ())
+    if not data:
+        raise InputError("--data", f"must be given: {config.model} is no run", "name poems, or the folder of a run")
+    run = evaluated.run_in(data, {"--field": config.field, "--val-poems": config.val_poems})
+    text = TrainConfig(data=data, field=config.field, val_poems=config.val_poems, seed=config.seed)
+    if run is None:
+        named(text, data, "--data")  # raises for what is not there
     folder = resolve_folder(trained_model(config.model, say))
     shape, _ = hub.read_config(folder)
     hub.refuse_too_large(shape, folder, 8, "to load")
     tokenizer = PoemTokenizer.load(folder)
-    if stores:
-        store = TokenStore.open(stores[0])
-        store.verify()
-    else:
-        cache = Path(config.cache_dir).expanduser() if config.cache_dir else None
-        source = replace(source, line_break=tokenizer.line_break)
-        store = cached_store(source, tokenizer, cache_dir=cache, max_length=min(512, shape.n_positions), say=say)
-    if (store.fingerprint, store.vocab_size) != (tokenizer.fingerprint, tokenizer.vocab_size):
-        raise InputError(store.path, "was made with another tokenizer", "give the text itself as --data")
-    if store.buckets[-1].length > shape.n_positions or tokenizer.vocab_size > shape.vocab_size:
-        raise InputError(
-            store.path, "does not fit the model", "give the text itself as --data, and the model's own folder"
-        )
+    reader = evaluated.Reader(tokenizer, shape, config.cache_dir, say)
+    asked = evaluated.of_text(text, reader) if run is None else evaluated.of_run(run, reader)
+    store, rows = asked.store, asked.rows
     device = choose_device(config.device, say)
     model = GPT2(shape).eval()
     hub.load_weights(model, folder)
     model.to(device)
-    rows = np.arange(store.rows)
-    if config.poems is not None and config.poems < store.rows:
-        rows = np.sort(np.random.default_rng(config.seed).choice(store.rows, config.poems, replace=False))
+    if config.poems is not None and config.poems < len(rows):
+        rows = np.sort(np.random.default_rng(config.seed).choice(rows, config.poems, replace=False))
     untrained = {*never_written(folder, shape.vocab_size)} - never_ids(tokenizer, shape.vocab_size)
     with Progress(transient=True, console=Console(stderr=True, force_jupyter=False)) as progress:
         task = progress.add_task("evaluating", total=len(rows))
@@ -137,13 +130,14 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
     speller = Speller(tokenizer.library, line_break)
     frame = {tokenizer.cls_id, tokenizer.sep_id}
     texts = (speller.text([one for one in store[row].tolist() if one not in frame]) for row in rows.tolist())
-    report: dict[str, Any] = {"model": str(folder), "data": [str(path) for path in source.paths]}
+    report: dict[str, Any] = {"model": str(folder), "data": [*map(str, Source.given(asked.data).paths)]}
+    report["held_out"] = asked.held_out
     report |= evaluation.summary(scores, bool(untrained))
     report |= {
         "frequencies_only": evaluation.frequencies_only(store, rows),
         "by_length": evaluation.by_length(scores),
         "by_form": evaluation.by_form(scores, texts),
-        "trained_on": _trained_on(config.model, store.identity),
+        "trained_on": evaluated.seen(mine, asked._replace(rows=rows)),
         "written": None,
     }
     if config.count:
@@ -159,16 +153,6 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> dict[str, An
     return report
 
 
-def _trained_on(model: str, identity: str) -> bool:
-    """Whether `model` is a run, or of a run, whose text was the store of this identity."""
-    for folder in (Path(model), Path(model).parent, Path(model).parent.parent):
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((folder.expanduser() / "config.json").read_text(encoding="utf-8"))
-            if found["store"]["identity"] == identity:
-                return True
-    return False
-
-
 def show(report: dict[str, Any], lang: str = "en") -> None:
     """The report for a person."""
     from rich.cells import set_cell_size
@@ -181,6 +165,8 @@ def show(report: dict[str, Any], lang: str = "en") -> None:
     word = functools.partial(put, language(lang, sys.stdout.isatty()))
     line = lambda name, value: f"{set_cell_size(word(name), 24)} {value}"
     console.print(word("{0:,} poems, {1:,} tokens", report["poems"], report["tokens"]), markup=False)
+    if report["held_out"]:
+        console.print(word("held out of {0}", " ".join(report["data"])), markup=False, soft_wrap=True)
     if report["trained_on"]:
         console.print(word("the model was trained on this text: on new poems its loss is higher"), markup=False)
     console.print()

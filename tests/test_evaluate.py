@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from transformers import BertTokenizer, GPT2LMHeadModel
 
 import fastpoem
+from fastpoem.config import TrainConfig
 from fastpoem.corpus.copied import longest_copied
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.errors import InputError
 from fastpoem.evaluate import main
 from fastpoem.generation.poems import sample
+from fastpoem.model import hub
 from fastpoem.model.hub import BUNDLED
 from fastpoem.model.vocabulary import GENERATION
-from fastpoem.run import evaluation
-from tests.runs import tiny_data
+from fastpoem.run import evaluated, evaluation
+from tests.runs import settings, tiny_data
 from tests.test_validation import store_of
 
 
@@ -189,6 +191,104 @@ def test_line_breaks_are_no_characters(tmp_path, verses, small_model, capsys):
     ids = [tokenizer.library.encode(line.replace("。", "。[unused1]", 1)).ids for line in lines]
     own = evaluation.written([lines[0].replace("。", "。\n", 1)], tokenizer, store_of(ids, edges=(40,)))
     assert own["copied_whole"] == 1 and own["longest_copied"] == 25
+
+
+def text_with_copies(base, path):
+    """Sixty poems, of which some come twice and three times, once with a space inside."""
+    lines = (base / "poems.txt").read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([*lines, *lines[:30], *lines[:9], *(f"{one[:3]} {one[3:]}" for one in lines[20:40])]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(), dict(seed=7, val_poems=3), dict(dedup=True, clean=True), dict(vocab="corpus"), dict(grow_vocab=True),
+        dict(max_length=20, whole=True, buckets=3), dict(val_data="own.txt"), dict(convert="t2s"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_of_a_run_it_is_the_runs_own_validation(base, tmp_path, monkeypatch, capsys, changes):
+    """Its loss and accuracy, without a word on where the text is and how it was read; another run's model on the same poems likewise."""
+    if "convert" in changes:
+        pytest.importorskip("opencc")
+    monkeypatch.chdir(tmp_path)
+    text_with_copies(base, tmp_path / "poems.txt")
+    (tmp_path / "own.txt").write_text(
+        "龘龘，龘。\n" + "\n".join((BUNDLED / "poems.txt").read_text().splitlines()[1::40])
+    )
+    common = settings(base, data="poems.txt", batch_size=4, epochs=1, cache_dir="cache", quiet=True) | changes
+    run, other = (fastpoem.fit(**common | more) for more in (dict(out="run"), dict(out="other", lr=3e-3)))
+    monkeypatch.chdir("/")
+    found = report(capsys, "--model", tmp_path / "run", "--count", 0, "--batch-size", 3)
+    theirs = report(capsys, "--model", tmp_path / "other/model", "--data", tmp_path / "run", "--count", 0)
+    for one, trained in ((found, run), (theirs, other)):
+        loss = "loss_among_trained" if "vocab" in changes else "loss"
+        assert one[loss] == pytest.approx(trained.metrics[-1]["val_loss"], rel=1e-6)
+        assert one["accuracy"] == pytest.approx(trained.metrics[-1]["val_accuracy"]) or "vocab" in changes
+        assert not one["trained_on"] and one["held_out"] == ("val_data" not in changes)
+    assert found["loss"] != theirs["loss"] and found["poems"] == changes.get("val_poems", found["poems"])
+
+
+def test_poems_are_held_out_of_a_text_as_training_does(base, small_model, tmp_path, capsys):
+    """The loss of a model that was not trained on it is that of a run that learns nothing."""
+    data = text_with_copies(base, tmp_path / "poems.txt")
+    run = fastpoem.fit(data, model=str(small_model), out=str(tmp_path / "run"), lr=0.0, max_steps=1, val_poems=4, seed=5,
+                       batch_size=4, device="cpu", quiet=True)  # fmt: skip
+    asked = ["--data", data, "--val-poems", 4, "--count", 0]
+    found = report(capsys, "--model", small_model, *asked, "--seed", 5)
+    assert found["loss"] == pytest.approx(run.metrics[-1]["val_loss"], rel=1e-6)
+    assert 0 < found["poems"] <= 4 and found["held_out"] and not found["trained_on"]
+    assert found == report(capsys, "--model", small_model, "--data", tmp_path / "run", "--count", 0)
+    mine = report(capsys, "--model", tmp_path / "run", *asked, "--seed", 5)
+    assert mine["loss"] == pytest.approx(found["loss"]) and not mine["trained_on"]
+    assert report(capsys, "--model", tmp_path / "run", *asked, "--seed", 6)["trained_on"]  # the run held out others
+    assert main(["--model", str(small_model), *map(str, asked), "--lang", "en"]) == 0
+    assert f"held out of {data}" in capsys.readouterr().out
+
+
+def test_for_a_model_of_fewer_characters_they_are_the_same_poems(base, tmp_path):
+    """To which more of them look like copies."""
+    data = text_with_copies(base, tmp_path / "poems.txt")
+    fastpoem.fit(**settings(base, data=str(data), out=str(tmp_path / "run"), max_steps=1, quiet=True))
+    few = tmp_path / "few"
+    few.mkdir()
+    for file in (base / "model").iterdir():
+        (few / file.name).write_bytes(file.read_bytes())
+    (few / "vocab.txt").write_text("\n".join((few / "vocab.txt").read_text().splitlines()[:9]))
+    readers = [
+        evaluated.Reader(PoemTokenizer.load(folder), hub.read_config(folder)[0], None)
+        for folder in (base / "model", few)
+    ]
+    own, theirs = (evaluated.of_run(tmp_path / "run", reader) for reader in readers)
+    assert own.rows.tolist() == theirs.rows.tolist() and own.store.identity != theirs.store.identity
+    assert theirs.store.manifest["counts"]["unknown"] > own.store.manifest["counts"]["unknown"]
+    config = TrainConfig(data=(str(data),), val_poems=5)
+    assert evaluated.of_text(config, readers[0]).rows.tolist() != evaluated.of_text(config, readers[1]).rows.tolist()
+
+
+def test_what_has_no_validation_poems_is_named(base, small_model, tmp_path):
+    data = text_with_copies(base, tmp_path / "poems.txt")
+    (tmp_path / "few.txt").write_text("\n".join(data.read_text().splitlines()[:10]))
+    for out, changes in (("run", {}), ("none", dict(val_poems=0))):
+        fastpoem.fit(**settings(base, data=str(data), out=str(tmp_path / out), max_steps=1, quiet=True, **changes))
+    run, none = str(tmp_path / "run"), str(tmp_path / "none")
+    for model, arguments, said in (
+        (small_model, [], "--data: must be given: .*small is no run; name poems"),
+        (small_model, ["--data", run, str(data)], "run: is a run, which stands alone"),
+        (run, ["--val-poems", "3"], "--val-poems 3: .*run has its own; drop it"),
+        (small_model, ["--data", none], "none: held no poems out; name poems with --data"),
+        (small_model, ["--data", str(data), "--val-poems", "0"], "--val-poems 0: out of range"),
+        (small_model, ["--data", str(tmp_path / "few.txt"), "--val-poems", "2"], "nothing out of 10 poems: 5%"),
+    ):
+        with pytest.raises(InputError, match=said):
+            main(["--model", str(model), *arguments])
+    data.write_text(data.read_text() + "\n春眠不觉晓，处处闻啼鸟。")
+    with pytest.raises(InputError, match=r"poems\.txt: is not as it was when .*run was trained on it; bring it back"):
+        main(["--model", run])
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(InputError, match=r"run: holds no config\.json"):
+        main(["--model", run])
 
 
 @pytest.mark.parametrize(

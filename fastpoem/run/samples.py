@@ -62,9 +62,9 @@ class Writer:
         """(prompt, poem) of each. Raises Stopped where a signal came meanwhile, RuntimeError or MemoryError."""
         return self._written(self.begun, 1)
 
-    def shares(self) -> Shares:
-        """Of MEASURED poems that begin with nothing: how many are in a form, and rhyme. Raises as calling it does."""
-        return shares(poem for _, poem in self._written([one for one in self.begun if not one[0]], MEASURED))
+    def shares(self, count: int = MEASURED) -> Shares:
+        """Of `count` poems that begin with nothing: how many are in a form, and rhyme. Raises as calling it does."""
+        return shares(poem for _, poem in self._written([one for one in self.begun if not one[0]], count))
 
     def _written(self, begun: Sequence[tuple[str, list[int]]], count: int) -> list[tuple[str, str]]:
         """(prompt, poem), `count` of each."""

@@ -139,6 +139,7 @@ ZH = {
     "Poems": "诗",
     # Evaluate
     "{0:,} poems, {1:,} tokens": "{0:,} 首诗，{1:,} 个 token",
+    "held out of {0}": "从 {0} 中留出的验证集",
     "the model was trained on this text: on new poems its loss is higher": "模型就是用这份文本训练的：新诗的损失会更高",
     "perplexity per token": "困惑度（每 token）",
     "perplexity per character": "困惑度（每字）",
