@@ -28,8 +28,9 @@ import torch
 
 from benchmarks.scene import BATCH, FULL, Scene, row_lengths
 from benchmarks.worker import CONTENDERS, give_back_memory
+from benchmarks.written import POEMS
 from fastpoem.config import from_kwargs
-from fastpoem.corpus.plan import held_out_rows
+from fastpoem.corpus.hold_out import hold_out
 from fastpoem.corpus.store import TokenStore
 from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.precision import choose_dtype
@@ -64,7 +65,7 @@ class Programme:
     ) -> None:
         self.batch = batch
         self.lengths = row_lengths(store)
-        held = held_out_rows(store.rows, val_poems, 0)
+        held = hold_out(store, val_poems, 0).left_out
         bucket, index = store.locate(np.arange(store.rows))
         self._row = np.empty((len(store.buckets), max(b.rows for b in store.buckets)), np.int64)
         self._row[bucket, index] = np.arange(store.rows)
@@ -167,6 +168,10 @@ class Contender:
     def loss(self) -> float:
         """On the held-out poems."""
         return self._ask({"evaluate": True})["loss"]
+
+    def written(self, poems: int = POEMS) -> dict[str, Any]:
+        """What the model writes now, as `benchmarks.written` has it."""
+        return self._ask({"write": poems})
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -118,6 +118,11 @@ def scaling(rows: Iterable[Row]) -> str:
     )  # fmt: skip
 
 
+def share(row: Row, name: str) -> str:
+    """In percent; nothing where it was not measured, as in a turn that was not the last."""
+    return f"{row[name]:.0%}" if name in row else ""
+
+
 def pretty(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
@@ -130,9 +135,12 @@ def markdown(info: Mapping[str, Any], rows: Mapping[str, list[Row]], device: str
         parts += ["### Throughput", throughput(mine["throughput"])]
     if mine.get("curve"):
         found = by_contender(mine["curve"])
-        ends = [(label(name, turns, every_turn(found)), f"{turns[-1]['steps']}", *(f"{value:.3f}" for value in turns[-1]["curve"][-1][::-1]))
-                for name, turns in found.items()]  # fmt: skip
-        parts += ["### Loss against time", table(("", "steps", "held-out loss", "after seconds"), ends)]
+        ends = [(label(name, turns, every_turn(found)), f"{turns[-1]['steps']}", *(f"{value:.3f}" for value in turns[-1]["curve"][-1][::-1]),
+                 share(turns[-1], "in_form"), share(turns[-1], "rhyming")) for name, turns in found.items()]  # fmt: skip
+        head = ("", "steps", "held-out loss", "after seconds", "poems in a form", "poems that rhyme")
+        parts += ["### Loss against time", table(head, ends)]
+        if poems := next((turns[-1]["written"] for turns in found.values() if "written" in turns[-1]), None):
+            parts += [f"Forms and rhymes of {poems} poems that each model writes at the end."]
     if mine.get("stage"):
         parts += ["### Where a step's time goes", stages(mine["stage"])]
     for row in mine.get("share", []):

@@ -32,6 +32,8 @@ from transformers import BertTokenizer
 
 import fastpoem
 from benchmarks import notebook
+from benchmarks.report import share
+from benchmarks.written import written
 from fastpoem.config import from_kwargs
 from fastpoem.corpus.feed import Feed, validation_steps
 from fastpoem.corpus.store import TokenStore, prepare_store
@@ -46,6 +48,7 @@ from fastpoem.signals import StopRequest
 CPU = torch.device("cpu")
 HELD, TEXT, BEFORE = 400, 3200, 16_000  # poems
 SHARES = (0.05, 0.1, 0.25, 0.5, 1.0)  # of an epoch, that the fast recipe is run for
+SHOWN = ("in_form", "rhyming")  # of the poems that a model writes
 TUNED = {"scratch": 1e-3, "trained": 5e-4}  # learning rates for the notebook
 
 
@@ -102,12 +105,13 @@ class Task:
         shape |= {"model_type": "gpt2", "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
         (model / "config.json").write_text(json.dumps(shape))
 
-    def loss(self, weights: dict[str, torch.Tensor]) -> float:
-        """Mean over the real tokens of the held-out poems."""
+    def judged(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """`val_loss`, a mean over the real tokens of the held-out poems, and what `benchmarks.written` finds in the model's own."""
         model = GPT2(hub.read_config(self.folder / "model")[0])
         model.load_state_dict({name: tensor for name, tensor in weights.items() if name != "lm_head.weight"})
         batches = map(Feed(self.held, "bucket"), validation_steps(self.held, torch.arange(self.held.rows).numpy(), 16))
-        return evaluate(model, batches, CPU, self.pad_id).loss
+        loss = evaluate(model, batches, CPU, self.pad_id).loss
+        return {"val_loss": loss, **written(model, self.folder / "model")}
 
 
 Points = Iterator[dict[str, Any]]
@@ -124,7 +128,7 @@ def by_notebook(task: Task, start: str, seed: int, lr: float, every: int = 50) -
     while row is not None:
         with watch:
             row = next(rows, None)
-        yield {"step": row["step"] if row else TEXT // 16, **watch.read(), "val_loss": task.loss(model.state_dict())}
+        yield {"step": row["step"] if row else TEXT // 16, **watch.read(), **task.judged(model.state_dict())}
         model.train()
 
 
@@ -143,7 +147,7 @@ def by_fastpoem(task: Task, start: str, seed: int, share: float, **settings: Any
             with watch:
                 loop.run(StopRequest())  # its checkpoint too
             weights = loop.train_state.tensors()[hub.WEIGHTS]  # of the whole vocabulary, whatever is trained of it
-            yield {"step": loop.done, "share": share, **watch.read(), "val_loss": task.loss(weights)}
+            yield {"step": loop.done, "share": share, **watch.read(), **task.judged(weights)}
 
 
 CONTESTANTS: dict[str, Callable[[Task, str, int], Points]] = {
@@ -159,11 +163,11 @@ CONTESTANTS: dict[str, Callable[[Task, str, int], Points]] = {
 
 
 def table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """For each start: loss at the end and CPU seconds of the notebook's loops; for each length of the fast recipe's, the same and the
+    """For each start: loss at the end, shares of poems in a form and that rhyme, and CPU seconds of the notebook's loops; for each length of the fast recipe's, the same and the
     share of the notebook's time. Means over the seeds, and in brackets the spread from least to most."""
     lines = [
-        "| from | | epoch | CPU s | of the notebook's | validation loss |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| from | | epoch | CPU s | of the notebook's | validation loss | in a form | that rhyme |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for start in TUNED:
         whole = None
@@ -174,10 +178,12 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
             for ends in [[points[-1] for points in seeds]] if name.startswith("notebook") else zip(*seeds, strict=True):
                 cpu = statistics.mean(point["cpu"] for point in ends)
                 losses = [point["val_loss"] for point in ends]
+                told = [{one: statistics.mean(point[one] for point in ends)} if one in ends[0] else {} for one in SHOWN]
                 whole = whole or cpu
                 lines.append(
                     f"| {start} | {name} | {ends[0].get('share', 1.0):.0%} | {cpu:.1f} | {cpu / whole:.3f} "
-                    f"| {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) |"
+                    f"| {statistics.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f}) "
+                    f"| {share(told[0], SHOWN[0])} | {share(told[1], SHOWN[1])} |"
                 )
     return "\n".join(lines)
 

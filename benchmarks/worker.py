@@ -4,7 +4,7 @@ A process each, because fastpoem tells the C allocator to keep its memory: conte
 
 JOB: {"contender", "data", "model", "folder", "device", "lr", "val_poems", "batch", "cache"}. A line of JSON on stdin is a turn: {"batches": rows of the text, a list for each
 step, "steps": fastpoem's numbers of these steps (or null), "seconds": when to stop at the latest}. Answers {"seconds", "steps"}. {"evaluate": true} is answered
-with {"loss"}: a mean over the real tokens of the held-out poems, by the same code for every contender.
+with {"loss"}: a mean over the real tokens of the held-out poems, {"write": N} with what `benchmarks.written` finds in so many poems; both by the same code for every contender.
 
 All contenders are alive at once, so at the end of a turn each gives the kernel the pages that it has freed, or those who wait would leave no room for who trains; and before
 its next turn it has as many mapped again. Both are outside the clock: within it nobody pays for pages that it would have kept by itself, nor has more of them.
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from benchmarks.written import written
 from fastpoem.config import from_kwargs
 from fastpoem.corpus.feed import Feed, validation_steps
-from fastpoem.corpus.plan import held_out_rows
+from fastpoem.corpus.hold_out import hold_out
 from fastpoem.corpus.store import TokenStore, cached_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import evaluate
@@ -55,6 +56,9 @@ class Turns:
             if turn.get("evaluate"):
                 self.answer({"loss": self._loss()})
                 continue
+            if turn.get("write"):
+                self.answer(written(self._model(), Path(self.job["model"]), turn["write"]))
+                continue
             batches, limit, steps = self.prepare(turn), turn["seconds"], 0
             take_back_memory()
             begin = time.perf_counter()
@@ -70,13 +74,15 @@ class Turns:
             self.answer(took)
         raise SystemExit  # the race is over
 
-    def _loss(self) -> float:
-        shape, _ = hub.read_config(Path(self.job["model"]))
-        model = GPT2(shape)
+    def _model(self) -> GPT2:
+        model = GPT2(hub.read_config(Path(self.job["model"]))[0])
         model.load_state_dict(self.weights())
+        return model
+
+    def _loss(self) -> float:
         store = open_store(self.job)
-        steps = validation_steps(store, held_out_rows(store.rows, self.job["val_poems"], 0), 16)
-        return evaluate(model, map(Feed(store, "bucket"), steps), torch.device("cpu"), store.pad_id).loss
+        steps = validation_steps(store, hold_out(store, self.job["val_poems"], 0).validation, 16)
+        return evaluate(self._model(), map(Feed(store, "bucket"), steps), torch.device("cpu"), store.pad_id).loss
 
 
 class _Lines(IterableDataset):

@@ -10,9 +10,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import arithmetic, order, peers, race, report, scene, test_stages
+import fastpoem
+from benchmarks import arithmetic, order, peers, race, report, scene, test_stages, written
+from fastpoem.config import from_kwargs
+from fastpoem.corpus.plan import held_out_rows
+from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
-from tests.runs import assert_trained_alike
+from fastpoem.model.hub import BUNDLED
+from fastpoem.poetry.forms import form_of
+from fastpoem.poetry.rhyme import rhymes
+from fastpoem.run.console import Voice
+from fastpoem.run.fit import assembled
+from tests.runs import assert_trained_alike, tiny_model
 
 TINY = dataclasses.replace(scene.FULL, vocab_size=1901, n_positions=512, n_embd=32, n_layer=2, n_head=2)
 
@@ -45,11 +54,26 @@ def test_who_trains_on_what(programme):
     assert sorted(flat(chosen["fastpoem"].rows)) == sorted(flat(chosen["trainer, sorted"].rows))
     by_length = [programme.lengths[row] for row in flat(chosen["trainer, sorted"].rows)]
     assert by_length == sorted(by_length)
-    held = set(race.held_out_rows(2000, 64, 0).tolist())
+    held = set(held_out_rows(2000, 64, 0).tolist())
     assert not any(held & set(flat(one.rows)) for one in chosen.values())
     hands = race.dealt(16, 4)
     assert sorted(flat(hands)) == list(range(16)) and all(len(hand) == 4 for hand in hands)
     assert max(map(sum, hands)) == min(map(sum, hands))  # short and long alike
+
+
+def test_copies_of_poems_held_out_are_nobodys(place, tmp_path):
+    """As in the real corpus: fastpoem's worker refuses poems that are not those of its own epoch."""
+    lines = place.data.read_text(encoding="utf-8").splitlines()[:400]
+    (tmp_path / "poems.txt").write_text("\n".join([*lines, *lines]), encoding="utf-8")
+    twice = dataclasses.replace(place, folder=tmp_path, data=tmp_path / "poems.txt")
+    programme = race.Programme(twice.store(), val_poems=16)
+    config = from_kwargs(data=str(twice.data), model=str(twice.model(TINY)), out=str(tmp_path / "run"), val_poems=16, precision="fp32",
+                         device="cpu", quiet=True)  # fmt: skip
+    with assembled(config, Voice(quiet=True)) as (loop, _):
+        assert len(loop.validation.rows) == 16 and loop.order.steps == programme.order.steps == (800 - 32) // 16
+        for number in (0, 7, 47):
+            ours, theirs = loop.order(0, number), programme.order(0, number)
+            assert ours.bucket.tolist() == theirs.bucket.tolist() and ours.index.tolist() == theirs.index.tolist()
 
 
 def test_contenders_train_in_turn_and_one_that_dies_is_out(place, programme):
@@ -58,6 +82,7 @@ def test_contenders_train_in_turn_and_one_that_dies_is_out(place, programme):
     names = ["notebook", "trainer, sorted", "fastpoem"]
     with race.start(place, TINY, lr=1e-2, val_poems=64, names=names) as contenders:
         assert_alike(contenders, batches)
+        assert all(one.written(3)["written"] == 3 for one in contenders.values())
         assert_out(contenders, batches)
 
 
@@ -102,6 +127,23 @@ def test_a_contender_that_is_dead_before_its_first_turn(place):
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"^fastpoem failed with exit status 1; .*abacus"):
                 contenders["fastpoem"].loss()
+
+
+def test_poems_in_a_form_and_rhymes_are_counted_alike(tmp_path, verses):
+    """By what a run of fastpoem says of itself at an epoch's end; a model that has learned four poems by heart writes them."""
+    lines = [line for line in verses.read_text(encoding="utf-8").splitlines() if form_of(line) == "五绝"]
+    mine = [line for line in lines if rhymes(line)][:2] + [line for line in lines if rhymes(line) is False][:1]
+    (tmp_path / "poems.txt").write_text("\n".join([*mine, "春眠不觉晓，处处闻啼。"] * 2), encoding="utf-8")
+    model = tiny_model(tmp_path / "model", BUNDLED / "model")
+    run = fastpoem.fit(tmp_path / "poems.txt", model=str(model), from_scratch=True, out=str(tmp_path / "run"), epochs=150, batch_size=4,
+                       lr=2e-2, dropout=0.0, val_poems=0, save_every=500, device="cpu", quiet=True)  # fmt: skip
+    weights = GPT2(hub.read_config(run.model)[0]).eval()
+    hub.load_weights(weights, run.model)
+    found, last = written.written(weights, run.model, 32), run.metrics[-1]
+    assert (found["written"], found["in_form"], found["rhyming"]) == (32, last["in_form"], last["rhyming"])
+    assert 0.4 < found["in_form"] < 1 and 0.2 < found["rhyming"] < found["in_form"]
+    more = written.written(weights, run.model)
+    assert more["written"] == written.POEMS and more["in_form"] == pytest.approx(0.75, abs=0.15)
 
 
 def test_the_trainer_is_masked_loss_clip_and_adamw(small_model, tmp_path):
@@ -194,7 +236,8 @@ def measured(tmp_path):
             row(seconds, kind="throughput", contender=name, turn=turn, device="cpu", corpus="real poems", seconds=seconds, steps=4,
                 poems=64, tokens=4000, padded=8000)  # fmt: skip
             curve = [(0.0, 10.0), (5.0 * (turn + 1), 8.0 - turn)]
-            row(5.0, kind="curve", contender=name, turn=turn, device="cpu", curve=curve, steps=10 * (turn + 1))
+            told = dict(written=128, in_form=0.25, rhyming=0.125) if turn else {}
+            row(5.0, kind="curve", contender=name, turn=turn, device="cpu", curve=curve, steps=10 * (turn + 1), **told)
     for stage, seconds in (
         ("feed", 0.0002),
         ("forward", 0.5),
@@ -224,7 +267,8 @@ def test_report(tmp_path, capsys):
     assert ["trainer, sorted", "8.00", "500", "50%", "**1.45**", "1.33 to 1.60"] in lines
     assert ["fastpoem", "11.64", "727", "50%", "", ""] in lines
     assert ["backward", "900 ms", "60.0%"] in lines
-    assert ["fastpoem", "20", "7.000", "10.000"] in lines
+    assert ["fastpoem", "20", "7.000", "10.000", "25%", "12%"] in lines
+    assert "Forms and rhymes of 128 poems" in said
     assert "**80%** of the best product" in said
     made = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert made == ["loss.png", "stages.png", "throughput.png"]
@@ -255,7 +299,7 @@ def test_report_where_turns_are_missing(tmp_path, capsys):
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in said.splitlines()]
     name = "notebook (of 2 turns only 0)"
     assert [name, "2.13", "133", "50%", "**6.00**", "6.00 to 6.00"] in lines  # 64 poems in 30 s; 30 s against 5
-    assert [name, "10", "8.000", "5.000"] in lines
+    assert [name, "10", "8.000", "5.000", "", ""] in lines  # it did not come to the end
     assert ["trainer, sorted", "8.00", "500", "50%", "**1.45**", "1.33 to 1.60"] in lines
     assert "on cpu. No turns of: trainer, plain." in said
     assert (tmp_path / "figures/throughput.png").exists()
