@@ -23,6 +23,8 @@ CARDS = {"H100": PEAKS["H100"], "A100": PEAKS["A100-SXM4-80GB"]}  # SXM, 80 GB
 NODES = 198  # kernels and copies of the captured step on rows, compiled; counted (tests/pretend_gpu)
 PACKING = 3  # more of them where the batch is packed
 NODE = 2e-6  # seconds of a launch inside a graph; assumed
+PRODUCTS = 0.60  # of the card's rate that products reach; assumed
+REST = 0.85  # of the memory's rate that everything else reaches; assumed
 INPUTS = 63.36  # inputs of a poem of mean length: its tokens less the last
 BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 
@@ -89,11 +91,11 @@ ADAMW = 28  # bytes a parameter: reads master, both moments, gradient; writes ma
 
 
 def likely(shape: GPT2Config, poems: int, card: Peak, inputs: float = 65) -> float:
-    """Seconds of a step if products reach 60% of the card's rate, everything else 85% of the memory's, and a launch in a graph costs NODE.
-    These three are assumed, from what such kernels usually reach."""
+    """Seconds of a step if products reach PRODUCTS of the card's rate, everything else REST of the memory's, and a launch in a graph costs
+    NODE. These three are assumed, from what such kernels usually reach."""
     rest = [item for item in step(shape, poems, inputs) if "products" not in item.name]
     matrices = sum(item.seconds(card) for item in products(shape, poems * inputs))
-    return matrices / 0.60 + sum(item.seconds(card) for item in rest) / 0.85 + NODES * NODE
+    return matrices / PRODUCTS + sum(item.seconds(card) for item in rest) / REST + NODES * NODE
 
 
 def floor(shape: GPT2Config, poems: int, card: Peak, inputs: float = 65) -> float:

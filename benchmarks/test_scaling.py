@@ -1,4 +1,6 @@
-"""How a step's speed changes with the length of the poems, their number and the size of the model, one of them at a time."""
+"""How a step's speed changes with the length of the poems, their number and the size of the model, one of them at a time.
+
+On one device. Over the number of GPUs it is computed: benchmarks/scaling.py."""
 
 import dataclasses
 
