@@ -81,7 +81,7 @@ def fit(
                     listener(row)
 
             with contextlib.closing(voice_of(config.quiet, config.lang)) as voice:
-                run = run_fit(config, voice, None, on_row)
+                run = run_fit(config, voice, None, on_row if on_log or on_epoch else None)
                 if run.stopped_by is not None:
                     again = f"fastpoem.fit(out={str(run.folder)!r}, resume=True)"
                     by = signal.Signals(run.stopped_by).name

@@ -93,6 +93,9 @@ class TrainConfig:
     """Hugging Face name, folder of a model, or a run's folder. None takes uer/gpt2-distil-chinese-cluecorpussmall, or the bundled small model without --data."""
     from_scratch: bool = False
     """Take only the configuration and the tokenizer of --model; draw the weights from --seed."""
+    shape: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None = None
+    """With --from-scratch, these layers, width, heads and 1,024 positions in place of --model's: of 124, 355, 774 and 1,558 million parameters
+    with GPT-2's own vocabulary."""
     out: str | None = None
     """Folder of the run: metrics.jsonl, config.json, checkpoints/, model/. None makes runs/<time>."""
     cache_dir: str | None = None
@@ -104,9 +107,9 @@ class TrainConfig:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto: the CUDA device with the most free memory, else the CPU. mps (Apple): in fp32, plainly."""
 
-    parallel: Literal["auto", "data", "sharded"] = "auto"
-    """What several processes (torchrun) divide. data: the poems of a step. sharded: the update and its moments too (ZeRO-1). auto: sharded on
-    GPUs, data on CPUs."""
+    parallel: Literal["auto", "data", "sharded", "fsdp"] = "auto"
+    """What several processes (torchrun) divide. data: the poems of a step. sharded: the update and its moments too (ZeRO-1). fsdp: the weights
+    as well, for models that do not fit one GPU. auto: sharded on GPUs, data on CPUs."""
 
     epochs: int = 1
     """Passes over the poems."""
@@ -264,7 +267,7 @@ EMBEDDED: dict[str, Any] = {
 
 GROUPS = {  # of --help: those that none of the others has are the run's
     "data": "data field line_break max_length convert clean whole dedup val_data val_poems",
-    "model": "model from_scratch dropout grow_vocab vocab",
+    "model": "model from_scratch shape dropout grow_vocab vocab",
     "optimisation": "recipe epochs max_steps batch_size accumulate exact batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
     "loss_on_padding seed best patience",
     "speed": "device parallel precision compile graphs attention",

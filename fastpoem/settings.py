@@ -14,11 +14,12 @@ class Settings(TypedDict, total=False):
     line_break: str | None
     model: str | PathLike[str] | None
     from_scratch: bool
+    shape: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] | None
     out: str | PathLike[str] | None
     cache_dir: str | PathLike[str] | None
     recipe: Literal["default", "notebook", "fast"]
     device: str
-    parallel: Literal["auto", "data", "sharded"]
+    parallel: Literal["auto", "data", "sharded", "fsdp"]
     epochs: int
     max_steps: int | None
     batch_size: int

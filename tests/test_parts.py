@@ -215,12 +215,11 @@ def test_what_processes_tell_one_another():
 def test_validation_does_not_depend_on_how_many_share_it(store, size):
     model, feed = make(store, 4).optimizer.module, Feed(store, "bucket")
     rows = [feed(batch) for batch in batches(store, 3, 4, 2)]
+    of = lambda rank: [one if number % size == rank else None for number, one in enumerate(rows)]
     parts = []
     for rank in range(size):
-        evaluate(
-            model, rows, CPU, store.pad_id, rank=rank, size=size, add_up=lambda tensor: parts.append(tensor) or tensor
-        )
-    found = evaluate(model, rows, CPU, store.pad_id, rank=0, size=size, add_up=lambda tensor: sum(parts))
+        evaluate(model, of(rank), CPU, store.pad_id, add_up=lambda tensor: parts.append(tensor) or tensor)
+    found = evaluate(model, of(0), CPU, store.pad_id, add_up=lambda tensor: sum(parts))
     assert found == evaluate(model, rows, CPU, store.pad_id)
 
 

@@ -1,6 +1,7 @@
 """Training on several processes, as torchrun starts them (gloo, on a CPU): the same run for any number, and an end for all when one ends."""
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -9,14 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import fastpoem
+from fastpoem.engine import world
+from fastpoem.engine.world import World
+from fastpoem.errors import Ended
 from fastpoem.run import checkpoint
 from tests.runs import ENVIRONMENT, ROOT, rows, settings
 
@@ -119,6 +125,24 @@ def test_an_update_in_slices_is_the_whole(base, tmp_path):
     train(1, base, other, precision="bf16", epochs=3, resume=True)
 
 
+def test_weights_in_shards_are_the_whole(base, tmp_path):
+    """--parallel fsdp: the losses of one process, and checkpoints that any number goes on with in any way."""
+    alone, out = tmp_path / "alone", tmp_path / "run"
+    train(1, base, alone, dropout=0.0, epochs=2, sample_every=0)
+    said = train(3, base, out, dropout=0.0, epochs=1, parallel="fsdp")
+    assert "3 processes, which divide the poems, the weights and the update" in said
+    train(1, base, out, dropout=0.0, epochs=2, max_steps=20, sample_every=0, resume=True)
+    train(2, base, out, dropout=0.0, epochs=2, parallel="fsdp", accumulate=2, resume=True)
+    of = lambda run: [row for row in rows(run) if row.get("event") != "epoch" or row["step"] % 14 == 0]
+    for mine, theirs in zip(of(alone), of(out), strict=True):
+        for name in ("loss", "mean_loss", "val_loss", "grad_norm"):
+            assert theirs.get(name) == (pytest.approx(mine[name], rel=1e-6) if mine.get(name) else None), (name, mine)
+    whole, shards = (load_file(run / "model/model.safetensors") for run in (alone, out))
+    assert whole.keys() == shards.keys()
+    assert all((whole[name] - shards[name]).abs().max() < 1e-3 for name in whole)
+    assert fastpoem.Run(out).generate("春", count=1)
+
+
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/devices.md"])
 def test_the_docs_command_runs(base, tmp_path, page):
     lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
@@ -134,6 +158,7 @@ def test_the_docs_command_runs(base, tmp_path, page):
 @pytest.mark.parametrize("changes, message", [
     (dict(device="cuda:7"), "--device cuda:7: cannot be shared by 2 processes; use --device cuda, with CUDA_VISIBLE_DEVICES"),
     (dict(accumulate=3), "--batch-size 4: fewer poems than the 6 parts of a step (2 processes, 3 micro-batches each); raise it"),
+    (dict(parallel="fsdp", exact=True), "--parallel fsdp: does not go together with --exact; leave out one of them"),
     (dict(accumulate=2, exact=True), "--exact: has micro-batches of its own; leave out --accumulate"),
     (dict(batch_size=1, exact=True), "--exact: takes --batch-size 2 or more for 2 processes, not 1; raise it, or start fewer processes"),
 ])  # fmt: skip
@@ -258,6 +283,90 @@ def test_one_script_trains_twice(base, tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)]
     subprocess.run(words, env=ENVIRONMENT, capture_output=True, check=True, timeout=LIMIT)
     assert fastpoem.Run(tmp_path / "run").metrics[-1]["step"] == 42
+
+
+def script(tmp_path: Path, text: str) -> list[str]:
+    """The command that runs this program in two processes."""
+    (tmp_path / "program.py").write_text(text)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return [*words, str(tmp_path / "program.py"), str(tmp_path)]
+
+
+def test_a_callback_that_raises_ends_all_after_a_checkpoint(base, tmp_path):
+    """As with one process; and it may take longer than a collective waits."""
+    changes = settings(base, out=str(tmp_path / "run"), sample_every=0, log_every=5)
+    words = script(
+        tmp_path,
+        "import time, fastpoem\n"
+        "def hear(row):\n"
+        "    time.sleep(7 if row['step'] == 5 else 0)\n"
+        "    1 / (row['step'] - 10)\n"
+        f"fastpoem.fit(**{changes!r}, on_log=hear)\n",
+    )
+    environment = ENVIRONMENT | {"FASTPOEM_COLLECTIVE_SECONDS": "5"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr
+    assert "Step 11 is saved: fastpoem.fit(out=" in done.stderr
+    assert checkpoint.newest_whole(tmp_path / "run") == checkpoint.listed(tmp_path / "run")[0][1]
+    assert checkpoint.listed(tmp_path / "run")[0][0] == 11
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 5, 10]
+    assert fastpoem.fit(out=str(tmp_path / "run"), resume=True, quiet=True, max_steps=12).metrics[-1]["step"] == 12
+
+
+def test_a_signal_to_one_in_a_validation_stops_all(base, tmp_path):
+    """At once: torchrun kills 30 s after its own."""
+    changes = settings(base, out=str(tmp_path / "run"), sample_every=0, val_data=str(base / "poems.txt"), batch_size=2)
+    words = script(
+        tmp_path,
+        "import os, pathlib, signal, sys, time, fastpoem\n"
+        "from fastpoem.run import validate\n"
+        "steps, here = validate.validation_steps, pathlib.Path(sys.argv[1])\n"
+        "def slow(*given):\n"
+        "    for step in steps(*given):\n"
+        "        yield step\n"
+        "        (here / f'in-{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\n"
+        "        time.sleep(1.5)\n"  # 45 s in all
+        "validate.validation_steps = slow\n"
+        f"fastpoem.fit(**{changes!r})\n",
+    )
+    process = subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: (tmp_path / "in-0").exists() and (tmp_path / "in-1").exists(), process)
+        os.kill(int((tmp_path / "in-1").read_text()), signal.SIGTERM)
+        begin = time.monotonic()
+        process.wait(LIMIT)
+        assert time.monotonic() - begin < 25
+    finally:
+        process.kill()
+    _, newest = checkpoint.listed(tmp_path / "run")[0]
+    assert (
+        newest == checkpoint.newest_whole(tmp_path / "run")
+        and json.loads((newest / "state.json").read_text())["state"]["epoch_due"]
+    )
+
+
+def test_the_first_that_shows_no_life_is_not_waited_for(monkeypatch):
+    """While it has something to do alone it is, however long that takes."""
+    monkeypatch.setattr(world, "SECONDS", 0.6)
+    store = dist.HashStore()
+    first, other = (World(rank, 2, is_training=True, _store=store) for rank in range(2))
+    beating = threading.Thread(target=first._beat, daemon=True)
+    beating.start()
+    end = time.monotonic() + 2
+    other._wait(lambda: time.monotonic() > end)
+    first._has_left.set()  # as if it were stopped
+    beating.join()
+    with pytest.raises(Ended, match="another of the 2 processes did not answer for 1 s; --resume"):
+        other._wait(lambda: False)
+
+
+def test_a_signal_is_passed_on_to_a_process_that_does_something_alone():
+    store = dist.HashStore()
+    first, other = (World(rank, 2, is_training=True, _store=store) for rank in range(2))
+    assert not first.is_asked_to_stop()
+    other.signalled = lambda: signal.SIGTERM
+    other._wait(lambda: store.check(["stop"]))
+    assert first.is_asked_to_stop() and other.is_asked_to_stop()
 
 
 @pytest.mark.slow

@@ -48,7 +48,10 @@ def learn(name: str, place: Place, seconds: float) -> dict[str, Any]:
             took, rows = time.monotonic() - begun, loop.metrics.rows
             ends = [row["val_loss"] for row in rows if row.get("event") == "epoch" and row["val_loss"] is not None]
             if not ends:
-                batches = loop.validation.batches(loop.config.batch_size, loop.feed.table, Deadline(60))
+                deadline = Deadline(60)
+                batches = loop.validation.batches(
+                    loop.config.batch_size, loop.feed.table, lambda: deadline.signal is not None
+                )
                 ends = [evaluate(loop.model, batches, place.device, loop.step.pad_id, loop.step.optimizer.kernels).loss]
             curve = [(row["step"], row["loss_mean"]) for row in rows if "event" not in row]
             found: dict[str, Any] = {

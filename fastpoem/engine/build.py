@@ -14,6 +14,7 @@ from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed, Shape, size_of_share
 from fastpoem.engine.compile import combines, compiled_pieces, forms, one_of_each_form, why_not_compile
 from fastpoem.engine.exact import Tree, shares
+from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.graphs import Graphs
 from fastpoem.engine.kernels import OURS, Kernels
 from fastpoem.engine.optim import ALIGN, FlatAdamW
@@ -61,14 +62,18 @@ def build_step(
     else:
         kind = torch.int16 if store.dtype.itemsize == 2 else torch.int32
         source = torch.zeros(poems * store.buckets[-1].length, dtype=kind, device=home(device))
-    plain = Pieces.plain(model, device)
+    plain, is_sharded = Pieces.plain(model, device), isinstance(optimizer, FullySharded)
+    if is_sharded:
+        plain = plain._replace(autograd=True)
     settings: dict[str, Any] = dict(poems=poems, pad_id=pad_id, pad_targets=config.loss_on_padding)
     if parts > 1:
         add: Callable[[Sums], object] = lambda sums: world.add_up(sums.flat)
         if config.exact:
             tree = Tree(parts, world)
             add, settings["keep"] = tree.total, tree.keep
-        if optimizer.is_divided:
+        if is_sharded:
+            add = partial(_add_in_shards, world, optimizer)
+        elif optimizer.is_divided:
             add = partial(_add_in_slices, world, optimizer, add)
             settings["gather"] = partial(world.gather, mine=optimizer.mine)
         settings |= dict(reduce=partial(world.reduce, add=add), accumulate=config.accumulate)
@@ -104,6 +109,13 @@ def _add_in_slices(world: World, optimizer: FlatAdamW, add: Callable[[Sums], obj
     else:
         add(sums)
         sums.norm.copy_(gradient_norm(sums.gradient[: optimizer.used]))
+
+
+def _add_in_shards(world: World, optimizer: FlatAdamW, sums: Sums) -> None:
+    """Add up what is not in shards, which FSDP has summed. The norm is of all of them."""
+    sums.norm.copy_(gradient_norm(sums.gradient[: optimizer.used]).square())
+    world.add_up(sums.flat[-ALIGN:])
+    sums.norm.sqrt_()
 
 
 def _compile(

@@ -7,8 +7,9 @@ buffer, and the weights that it computes with whole.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,28 @@ SCALE, LEAST_SCALE, GOOD_STEPS = (
     1.0,
     2000,
 )  # of a float16 loss: at the beginning, at the least, and until it is doubled
+
+
+class Layout(NamedTuple):
+    """Where each of some tensors lies in a flat buffer of `size`: one after the other, each beginning on a boundary."""
+
+    shapes: dict[str, torch.Size]
+    offsets: dict[str, int]
+    size: int
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Layout:
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        ends = [0, *itertools.accumulate(-(-shape.numel() // ALIGN) * ALIGN for shape in shapes.values())]
+        return cls(shapes, dict(zip(shapes, ends, strict=False)), ends[-1])
+
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """A tensor's part of a flat buffer, in its own shape."""
+        start, shape = self.offsets[name], self.shapes[name]
+        return flat[start : start + shape.numel()].view(shape)
+
+    def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.view(flat, name)) for name in self.shapes)
 
 
 class LossScale(NamedTuple):
@@ -71,10 +94,10 @@ class FlatAdamW:
         divided: bool = False,
     ) -> None:
         self.module, self.weight_decay, self.kernels = module, weight_decay, kernels
-        self.shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        sizes = [-(-shape.numel() // ALIGN) * ALIGN for shape in self.shapes.values()]
-        self.offsets = dict(zip(self.shapes, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False))
-        self.used, (number, count) = sum(sizes), slices  # elements with a parameter's
+        self.layout = self.whole_layout = Layout.of(
+            dict(self._parameters())
+        )  # of the buffers here, of those of all processes
+        self.used, (number, count) = self.layout.size, slices  # elements with a parameter's
         each = -(-self.used // (count * ALIGN)) * ALIGN
         self.mine = slice(number * each, (number + 1) * each) if divided else slice(0, count * each)
         self.is_divided = divided
@@ -89,16 +112,22 @@ class FlatAdamW:
         self.scale = LossScale.first(device) if dtype == torch.float16 else None
         self.working = whole if dtype == torch.float32 else torch.empty_like(self.grad)
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
+            for name, parameter in self._parameters():
                 self.view(whole, name).copy_(parameter)
-                parameter.data = self.view(self.working, name)
-                parameter.main_grad = self.view(self.grad, name)  # where fastpoem.model.ops writes
+                self._adopt(name, parameter)
             self.working.copy_(whole)
         self.is_copied = dtype != torch.float32  # is `working` another than the masters?
         self.master, self.whole = whole, None
         if self.is_divided:
             self.master = whole[self.mine].clone() if self.is_copied else whole[self.mine]
             self.whole = whole
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return self.module.named_parameters()
+
+    def _adopt(self, name: str, parameter: Tensor) -> None:
+        parameter.data = self.view(self.working, name)
+        parameter.main_grad = self.view(self.grad, name)  # where fastpoem.model.ops writes
 
     def collect(self) -> None:
         """Move the gradients that autograd left in `.grad` into `grad`: for a model that does not write `main_grad` itself
@@ -110,11 +139,10 @@ class FlatAdamW:
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """A parameter's part of one of the flat buffers, in its own shape."""
-        start, shape = self.offsets[name], self.shapes[name]
-        return flat[start : start + shape.numel()].view(shape)
+        return self.layout.view(flat, name)
 
     def named(self, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        return ((name, self.view(flat, name)) for name in self.shapes)
+        return self.layout.named(flat)
 
     def step(
         self, loss: Tensor, gradient: Tensor | None = None, norm: Tensor | None = None

@@ -350,25 +350,23 @@ def read_totals(sums: Tensor) -> Totals:
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
-    batches: Iterable[Rows],
+    batches: Iterable[Rows | None],
     device: torch.device,
     pad_id: int,
     kernels: Kernels = OURS,
-    rank: int = 0,
-    size: int = 1,
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Totals:
-    """Loss and accuracy over `batches` with dropout off; the random state is left as it was. Of `size` processes this one, number `rank`,
-    takes each size-th batch, and `add_up` sums over them; the numbers do not depend on how many they are."""
+    """Loss and accuracy over `batches` with dropout off; the random state is left as it was. Of several processes each has None for the others'
+    batches, and `add_up` sums over them; the numbers do not depend on how many they are."""
     was_training = model.training
     model.eval()
     at = home(device)
     every = [
         torch.zeros(4, dtype=torch.float64, device=at)
     ]  # of each batch (4,): loss over valid targets, and the counts
-    for number, rows in enumerate(batches):
+    for rows in batches:
         every.append(torch.zeros_like(every[0]))
-        if number % size != rank:
+        if rows is None:
             continue
         assert rows.source is not None
         batch = assemble(rows.source.to(at), rows.where.to(at), rows.shape, pad_id).to(device)

@@ -15,6 +15,7 @@ import itertools
 import os
 import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,10 +54,15 @@ class World:
     restarts: int = 0  # how often torchrun has started all of them again
     is_training: bool = False
     tells: Callable[[], Notice] = Notice  # what this process has to tell
+    signalled: Callable[[], int | None] = lambda: None  # the signal that has come to this process
     told: Notice = field(default_factory=Notice)  # by any of them, in the newest step
     _store: Any = None
     _names: int = 0
     _on_the_way: Any = None
+    _has_left: threading.Event = field(default_factory=threading.Event)
+    _beats: dict[int, tuple[bytes, float]] = field(default_factory=dict)  # of others: the newest, and when it came
+    _looked: float = 0.0
+    _has_passed_on: bool = False
 
     @classmethod
     def of_environment(cls) -> World:
@@ -88,6 +94,7 @@ class World:
             raise InputError("torchrun", first_line(error), "start the processes with torchrun") from None
         # Names of this run's own: torchrun keeps the store when it starts all again.
         self._store = dist.PrefixStore(f"fastpoem/{self.restarts}/{next(_joins)}", store)
+        threading.Thread(target=self._beat, daemon=True).start()
         self.meet()
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self._answered():
@@ -101,8 +108,58 @@ class World:
             )
 
     def leave(self) -> None:
+        self._has_left.set()
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _beat(self) -> None:
+        """Show the others that this process runs, until it has left: a thread, which a process that is stopped or hangs in the system has no
+        more than the rest of it."""
+        for number in itertools.count():
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"alive/{self.rank}", str(number))
+            if self._has_left.wait(SECONDS / 12):
+                return
+
+    def _watch(self) -> None:
+        """Raises Ended where one of those that are waited for has shown no life for as long as a collective would wait. By the first all are
+        watched who have begun, by the others the first."""
+        now = time.monotonic()
+        if now - self._looked < SECONDS / 12:
+            return
+        self._looked = now
+        for rank in range(1, self.size) if self.is_first else (0,):
+            if not self._store.check([f"alive/{rank}"]):
+                continue
+            beat, (last, since) = self._store.get(f"alive/{rank}"), self._beats.get(rank, (b"", now))
+            self._beats[rank] = (beat, now if beat != last else since)
+            if beat == last and now - since > SECONDS:
+                raise RuntimeError("timed out")
+
+    def is_asked_to_stop(self) -> bool:
+        """Has a signal come to any process? For what lasts long and is no step, whose sum tells it; then to be followed by `agree_to_stop`."""
+        mine = self.signalled() is not None
+        if self.size == 1 or mine:
+            self._pass_on()
+            return mine
+        with self._answered():
+            return self._store.check(["stop"])
+
+    def _pass_on(self) -> None:
+        if self.size > 1 and self.signalled() is not None and not self._has_passed_on:
+            self._has_passed_on = True
+            with self._answered():
+                self._store.set("stop", "1")
+
+    def agree_to_stop(self, device: torch.device) -> bool:
+        """Has a signal come to any process? All are told the same, and which (`told`)."""
+        if self.size == 1:
+            return self.signalled() is not None
+        mine = self.signalled()
+        stops = self.add_up(torch.tensor([float(mine == one) for one in SIGNALS], device=device)).tolist()
+        stop = next((int(one) for one, came in zip(SIGNALS, stops, strict=True) if came), None)
+        self.told = self.told._replace(stop=stop)
+        return stop is not None
 
     def fail(self) -> None:
         """Tell those who wait that it is in vain."""
@@ -252,7 +309,10 @@ class World:
                     raise Elsewhere(f"process {self._store.get('failed').decode()} of {self.size} ended, and said why")
                 if seconds is not None and time.monotonic() - begin > seconds:
                     raise RuntimeError("timed out")
-                if not self.is_training:  # which answers a signal after a step
+                self._watch()
+                if self.is_training:  # which answers a signal after a step
+                    self._pass_on()
+                else:
                     ask()
                 time.sleep(LOOKS)
 

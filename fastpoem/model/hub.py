@@ -28,6 +28,14 @@ _KEPT = ("n_ctx", "task_specific_params")  # of config.json, beside the shape
 _SHAPE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")  # what a config.json must say for itself
 
 
+PRESETS = {
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+    "gpt2-large": (36, 1280, 20),
+    "gpt2-xl": (48, 1600, 25),
+}
+
+
 def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
     """The model's shape, and config.json as it stands. Raises InputError for a model that is not a GPT-2 this module computes."""
     path = folder / "config.json"
@@ -84,6 +92,13 @@ def read_config(folder: Path) -> tuple[GPT2Config, dict[str, Any]]:
             path, f"activation_function {shape['activation_function']!r} is not known", f"use one of {known}"
         )
     return GPT2Config(**shape), raw
+
+
+def with_shape(name: str, shape: GPT2Config, raw: Mapping[str, Any]) -> tuple[GPT2Config, dict[str, Any]]:
+    """What `read_config` returned, with layers, width, heads and positions of one of OpenAI's models (Radford et al., 2019)."""
+    layers, width, heads = PRESETS[name]
+    sizes: dict[str, Any] = dict(n_layer=layers, n_embd=width, n_head=heads, n_positions=1024, n_inner=None)
+    return dataclasses.replace(shape, **sizes), {**raw, **sizes}
 
 
 def _without_type(path: Path, raw: Mapping[str, Any]) -> InputError:

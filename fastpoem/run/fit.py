@@ -26,6 +26,7 @@ from fastpoem.engine.batching import choose_batching
 from fastpoem.engine.build import Trusted, build_step
 from fastpoem.engine.compile import keep_caches_in
 from fastpoem.engine.exact import shares
+from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.memory import enough_memory, keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.precision import choose_dtype
@@ -43,7 +44,7 @@ from fastpoem.run.console import Voice
 from fastpoem.run.given import Given, order_of, take
 from fastpoem.run.loop import DROPOUT, Loop, NotSaved, check_state
 from fastpoem.run.opened import Run
-from fastpoem.run.processes import check_shares, choose_device, divides, threads
+from fastpoem.run.processes import check_memory, check_shares, choose_device, divides, threads
 from fastpoem.run.samples import Samples, Writer
 from fastpoem.run.summary import after, before
 from fastpoem.run.trackers import check_installed
@@ -174,11 +175,15 @@ def _assembled(
     computed = shape if ids is None else dataclasses.replace(shape, vocab_size=len(ids))
     with voice.phase("measuring which precision is faster"):
         dtype, why = world.agreed(lambda: _choose_precision(config, device, computed, store, out))
+    check_memory(computed, config, device, dtype, world)
     asked = config  # as config.json has it: auto stays auto there
     with voice.phase("choosing how to batch"):
         config, trusted, varlen, about_batches = _choose_batching(config, device, dtype, computed, out, voice, world)
     if not trusted.sdpa:
         plain_attention()
+    is_sharded = config.parallel == "fsdp" and world.size > 1
+    if is_sharded:
+        config = dataclasses.replace(config, compile="off", graphs="off")
     order = order_of(config, store, given.held)
     ask()
     goes_on = not world.is_first or (config.resume and bool(checkpoint.listed(out)))  # others have the first's weights
@@ -187,17 +192,14 @@ def _assembled(
         model = _model(config, given, varlen, goes_on=goes_on)
         narrowed = None if ids is None else Narrowed(model, ids)
         with enough_memory(config, device):
-            model.to(device)
-            optimizer = FlatAdamW(
-                model,
-                device,
-                dtype,
-                weight_decay=config.weight_decay,
-                max_norm=config.max_grad_norm,
-                kernels=trusted.kernels,
-                slices=(world.rank, world.size),
-                divided=divides(config, device, world),
-            )
+            rates: dict[str, Any] = dict(weight_decay=config.weight_decay, max_norm=config.max_grad_norm)
+            optimizer: FlatAdamW
+            if is_sharded:
+                optimizer = FullySharded(model, device, dtype, world, kernels=trusted.kernels, **rates)
+            else:
+                slices, divided = (world.rank, world.size), divides(config, device, world)
+                rates |= dict(kernels=trusted.kernels, slices=slices, divided=divided)
+                optimizer = FlatAdamW(model.to(device), device, dtype, **rates)
         special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
         files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
         beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
@@ -230,7 +232,7 @@ def _assembled(
             claim.hold,
             narrowed,
             world,
-            Samples(out, writer, claim.hold, voice.say) if world.is_first else None,
+            Samples(out, writer, claim.hold, voice.say) if world.is_first and not is_sharded else None,
         )
         torch.manual_seed(config.seed)
         with voice.phase("reading the newest checkpoint"):

@@ -63,6 +63,10 @@ def take(config: TrainConfig, voice: Voice, scratch: Path | None = None) -> Give
     model_folder = resolve_folder(name, weights=not config.from_scratch)
     hub_name = None if model_folder == given_path("--model", name) else name
     shape, raw_config = hub.read_config(model_folder)
+    if config.shape is not None:
+        if not config.from_scratch:
+            raise InputError(f"--shape {config.shape}", "is for new weights", "add --from-scratch")
+        shape, raw_config = hub.with_shape(config.shape, shape, raw_config)
     if config.dropout is not None:
         shape = dataclasses.replace(
             shape, embd_pdrop=config.dropout, attn_pdrop=config.dropout, resid_pdrop=config.dropout

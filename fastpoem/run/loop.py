@@ -7,6 +7,7 @@ Everything a run goes on with is in one of two: its tensors (`Loop.train_state`,
 from __future__ import annotations
 
 import dataclasses
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -23,6 +24,7 @@ from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.plan import Order, key_of
 from fastpoem.engine.exact import shares
+from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.memory import held
 from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep
@@ -77,6 +79,8 @@ class Loop:
     samples: Samples | None = None  # poems on the way
     on_row: Callable[[dict[str, Any]], object] | None = None  # the caller's, which is given each row as it is written
     done: int = 0
+    _is_heard: bool = False  # is there a caller who is given rows, in the first process?
+    _raised: BaseException | None = None  # by that caller
     _epoch_due: bool = False  # the last step ended an epoch that has not been summed up yet
     _val_loss: float | None = None  # after the last step, where it ended an epoch
 
@@ -137,7 +141,9 @@ class Loop:
         """What computes, as far as that decides which numbers are dropped, in words."""
         if self.device.type != "cpu":
             return f"{self.device.type}"
-        in_c = self.step.optimizer.working.dtype == torch.float32 and native.why_not() is None
+        optimizer = self.step.optimizer
+        in_c = optimizer.working.dtype == torch.float32 and native.why_not() is None
+        in_c &= not isinstance(optimizer, FullySharded)
         what = "C on the CPU" if in_c else "PyTorch's operators on the CPU"
         return f"{what} in {torch.get_num_threads()} threads, exactly" if self.config.exact else what
 
@@ -156,10 +162,12 @@ class Loop:
         def tells() -> Notice:
             nonlocal asked  # on a GPU it is heard a step later, and must not be asked for twice
             asked = self.world.is_first and self._is_time() and not asked
-            return Notice(stop.signal, asked)
+            return Notice(stop.signal if self._raised is None else signal.SIGINT, asked)
 
         self.world.meet()  # the first had a run's files to open
+        self._is_heard = self.world.agreed(lambda: self.on_row is not None)
         self.world.tells, self.world.is_training = tells, True
+        self.world.signalled = lambda: stop.signal
         with stop.answered(self.voice.say, "stopping after this step"):
             return self._run(stop)
 
@@ -196,6 +204,9 @@ class Loop:
                 self._end_epoch(stop)  # cut short by max_steps: said last, as a longer run would not have said it here
             if self.stopped_by(stop) is None and self.config.sample_every != 0:
                 self._sample()
+            if self._raised is not None:
+                self._mend(self._raised)
+                raise self._raised
         finally:
             self.voice.stop()
         return self.stopped_by(stop)
@@ -266,22 +277,26 @@ class Loop:
             self._show((row["loss_mean"], row["accuracy_mean"], row["tokens_per_s"]))
 
     def _hear(self) -> None:
-        """Give the caller the newest row. What that raises ends the run as a signal does: after a checkpoint."""
-        if self.on_row is None:
+        """Give the caller the newest row. What that raises ends the run as a signal does: after a checkpoint, and of several processes after
+        the next step, which tells the others."""
+        if not self._is_heard:
             return
         try:
-            self.on_row(dict(self.metrics.rows[-1]))
+            if self.on_row is not None and self._raised is None:
+                self.on_row(dict(self.metrics.rows[-1]))
         except BaseException as error:
-            if self.world.size > 1:  # a checkpoint is made by all, who know nothing of this
+            if self.world.size == 1:
+                if (self.done, self._epoch_due) != self._saved_at:
+                    self.save(passing=True, last=True)
+                self.saver.wait()
+                self._mend(error)
                 raise
-            if (self.done, self._epoch_due) != self._saved_at:
-                self.save(passing=True, last=True)
-            self.saver.wait()
-            if self.saver.error is None:
-                error.add_note(
-                    f"Step {self.done} is saved: fastpoem.fit(out={str(self.folder)!r}, resume=True) goes on."
-                )
-            raise
+            self._raised = error
+        self.world.meet()  # however long that took
+
+    def _mend(self, error: BaseException) -> None:
+        if self.saver.error is None:
+            error.add_note(f"Step {self.done} is saved: fastpoem.fit(out={str(self.folder)!r}, resume=True) goes on.")
 
     def _show(self, newest: tuple[float, float, float]) -> None:
         """Have the live display show (loss, accuracy, tokens a second), and what else is known without asking the device."""
@@ -324,6 +339,7 @@ class Loop:
         self.saver.wait()
         self.world.meet()  # torchrun ends all as soon as one has ended
         if not self.world.is_first:
+            self._hear()
             raise Elsewhere(f"step {self.done}: loss or gradient was not finite, as process 0 says")
         saved = checkpoint.newest_whole(self.folder)
         good = f"the last good checkpoint is {saved}" if saved else "there is no good checkpoint"
@@ -344,7 +360,7 @@ class Loop:
         if len(self.validation.rows):
             batch, table = self.config.batch_size, self.feed.table
             try:
-                found = validate(self.validation, self.step, batch, table, stop, self.world, self.voice)
+                found = validate(self.validation, self.step, batch, table, self.world, self.voice)
             except Told:
                 return False
             row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
@@ -409,7 +425,8 @@ class Loop:
         """Wait for the first process, compare the weights of all with its, and give it what of them is only others'. Raises Ended where they
         differ."""
         self.world.meet()
-        if self.world.size > 1 and (wrong := self.world.differing(self.step.optimizer.working)):
+        is_copied = self.world.size > 1 and not isinstance(self.step.optimizer, FullySharded)
+        if is_copied and (wrong := self.world.differing(self.step.optimizer.working)):
             raise Ended(
                 f"step {self.done}: the weights of process {', '.join(map(str, wrong))} differ from those of process 0, so this step has no "
                 "checkpoint; --resume goes on from the newest"
@@ -424,7 +441,7 @@ class Loop:
             self.saver.wait()
         self.metrics.flush()
         for _ in range(PATIENCE):
-            if self.saver.error is None or not self.saver.by_the_disk or stop.signal is not None:
+            if self.saver.error is None or not self.saver.by_the_disk or self.world.is_asked_to_stop():
                 break
             self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
             stop.wait(RETRY_SECONDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from fastpoem.engine import precision
 from fastpoem.engine.exact import SHARDS, shards_of, shares
 from fastpoem.engine.world import World
 from fastpoem.errors import InputError
+from fastpoem.model.gpt2 import GPT2Config, count_parameters
 from fastpoem.run.console import Voice
 
 
@@ -44,11 +46,49 @@ def check_shares(config: TrainConfig, device: torch.device, world: World) -> Non
         least = 1 << (world.size - 1).bit_length()
         reason = f"takes --batch-size {least} or more for {world.size} processes, not {config.batch_size}"
         raise InputError("--exact", reason, "raise it, or start fewer processes")
+    if config.parallel == "fsdp" and world.size > 1:
+        for name, value in (("compile", config.compile), ("graphs", config.graphs), ("exact", config.exact)):
+            if value in ("on", True):
+                flag = f"--{name}" + " on" * (value == "on")
+                raise InputError("--parallel fsdp", f"does not go together with {flag}", "leave out one of them")
+        if config.precision == "fp16":
+            raise InputError("--parallel fsdp", "is for bf16 and fp32, not for fp16", "use --precision bf16")
     _, parts = shares(config, world)
     if parts > config.batch_size:
         reason = f"fewer poems than the {parts} parts of a step ({world.size} processes, {config.accumulate} micro-batches each)"
         mend = "raise it, or lower --accumulate" + (" or start fewer processes" if world.size > 1 else "")
         raise InputError(f"--batch-size {config.batch_size}", reason, mend)
+
+
+def bytes_on(shape: GPT2Config, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World) -> int:
+    """What weights, gradient and optimizer take of one device, at the least: activations come on top."""
+    parameters, narrow, size = count_parameters(shape), dtype.itemsize, world.size
+    if config.parallel == "fsdp" and size > 1:
+        block = count_parameters(
+            dataclasses.replace(shape, n_layer=1)
+        )  # with embedding and head, the largest that is put together
+        return 16 * parameters // size + (narrow + 4) * block
+    own = parameters // size if divides(config, device, world) else parameters
+    copies = 0 if dtype == torch.float32 else 2 * narrow * parameters + 4 * own  # working and its gradient; masters
+    summed = 4 * parameters if shares(config, world)[1] > 1 and dtype != torch.float32 else 0
+    return copies + summed + 8 * own + (8 * parameters if dtype == torch.float32 else 0)
+
+
+def check_memory(
+    shape: GPT2Config, config: TrainConfig, device: torch.device, dtype: torch.dtype, world: World
+) -> None:
+    """Raises InputError where a GPU has less memory than the model takes before it has seen a poem."""
+    if device.type != "cuda":
+        return
+    needed, there = bytes_on(shape, config, device, dtype, world), torch.cuda.get_device_properties(device).total_memory
+    if needed <= there:
+        return
+    gib = 2.0**30
+    reason = f"weights and optimizer of {count_parameters(shape) / 1e6:,.0f} M parameters take {needed / gib:,.1f} GiB a GPU, this one has {there / gib:,.1f}"
+    mend = "use a smaller model, or several GPUs with torchrun and --parallel fsdp"
+    if config.parallel == "fsdp" and world.size > 1:
+        mend = "use a smaller model, or more GPUs"
+    raise InputError(f"--device {config.device}", reason, mend)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed
 from fastpoem.corpus.given_poems import called
 from fastpoem.corpus.plan import BucketOrder, Order
+from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.memory import most_held
 from fastpoem.model.gpt2 import count_parameters
 from fastpoem.run import checkpoint
@@ -63,11 +64,11 @@ def before(
     steps += [say("warm-up {0:,} steps", loop.warmup)] if loop.warmup else []
     device = [name_of(loop.device, say), say("in {0} ({1})", str(dtype)[6:], say(why))]
     if loop.world.size > 1:
-        divided = (
-            "{0} processes, which divide the poems and the update"
-            if loop.step.optimizer.is_divided
-            else "{0} processes, which divide the poems"
-        )
+        divided = "{0} processes, which divide the poems"
+        if loop.step.optimizer.is_divided:
+            divided += " and the update"
+        if isinstance(loop.step.optimizer, FullySharded):
+            divided = "{0} processes, which divide the poems, the weights and the update"
         device.insert(1, say(divided, loop.world.size))
     saved = size(SAVED * count_parameters(shape))
     return [

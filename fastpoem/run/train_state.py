@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.step import TrainStep, rng_state, set_rng_state
 from fastpoem.engine.world import World
 from fastpoem.model.hub import WEIGHTS
@@ -52,13 +53,14 @@ class TrainState:
 
     def weights(self) -> dict[str, Tensor]:
         """Every weight by name: of a divided update as `collect` found them."""
-        return self._widen({WEIGHTS: dict(self._step.optimizer.named(self._flats()["master"]))})[WEIGHTS]
+        return self._widen({WEIGHTS: dict(self._step.optimizer.whole_layout.named(self._flats()["master"]))})[WEIGHTS]
 
     def adopt(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """What is left to do when a checkpoint has been copied into `tensors()`."""
         optimizer = self._step.optimizer
         if self._narrowed is not None:
-            self._narrowed.adopt(tensors[WEIGHTS], optimizer.view(self._flats()["master"], EMBEDDING))
+            embedding = optimizer.whole_layout.view(self._flats()["master"], EMBEDDING)
+            self._narrowed.adopt(tensors[WEIGHTS], embedding)
         optimizer.reload()
         set_rng_state(tensors[OPTIMIZER][f"rng.{self._device.type}"], self._device)
 
@@ -67,7 +69,9 @@ class TrainState:
         optimizer, account = self._step.optimizer, self._step.account
         for name in FLATS:
             mine = getattr(optimizer, name)
-            if optimizer.is_divided:
+            if isinstance(optimizer, FullySharded):
+                optimizer.from_first(mine, self._copies.get(name))
+            elif optimizer.is_divided:
                 world.scatter_from_first(mine, self._copies.get(name))
             else:
                 world.broadcast(mine)
@@ -76,14 +80,18 @@ class TrainState:
         for tensor in optimizer.scale or ():
             world.broadcast(tensor)
         optimizer.reload()
-        if optimizer.is_divided:
+        if optimizer.is_divided and not isinstance(optimizer, FullySharded):
             world.gather(optimizer.working, optimizer.mine)
 
     def collect(self, world: World) -> None:
         """The first process's copies of a divided update are as all have them now, for it to `copy`."""
-        if self._step.optimizer.is_divided:
-            for name in FLATS:
-                world.gather_to_first(getattr(self._step.optimizer, name), self._copies.get(name))
+        optimizer = self._step.optimizer
+        for name in FLATS if optimizer.is_divided else ():
+            mine, whole = getattr(optimizer, name), self._copies.get(name)
+            if isinstance(optimizer, FullySharded):
+                optimizer.to_first(mine, whole)
+            else:
+                world.gather_to_first(mine, whole)
 
     def copy(self) -> Callable[[], Tensors]:
         """Copy them as they are now. What is returned gives the copy, on the CPU, and may be called in another thread."""
@@ -114,13 +122,13 @@ class TrainState:
     def _named(self, flats: Mapping[str, Tensor]) -> Tensors:
         """Every tensor, with the flat ones out of `flats`."""
         optimizer, account = self._step.optimizer, self._step.account
-        rest = {f"exp_avg.{name}": tensor for name, tensor in optimizer.named(flats["exp_avg"])}
-        rest |= {f"exp_avg_sq.{name}": tensor for name, tensor in optimizer.named(flats["exp_avg_sq"])}
+        rest = {f"exp_avg.{name}": tensor for name, tensor in optimizer.whole_layout.named(flats["exp_avg"])}
+        rest |= {f"exp_avg_sq.{name}": tensor for name, tensor in optimizer.whole_layout.named(flats["exp_avg_sq"])}
         rest |= {"applied": optimizer.applied, "sums": account.sums, "losses": account.losses}
         rest |= {"failed_in_a_row": account.failed_in_a_row, "most_failed": account.most_failed}
         rest |= {} if optimizer.scale is None else {"scale": optimizer.scale.value, "scale_good": optimizer.scale.good}
         rest |= {f"rng.{self._device.type}": rng_state(self._device)}
-        return {WEIGHTS: dict(optimizer.named(flats["master"])), OPTIMIZER: rest}
+        return {WEIGHTS: dict(optimizer.whole_layout.named(flats["master"])), OPTIMIZER: rest}
 
     def _widen(self, tensors: Tensors) -> Tensors:
         return tensors if self._narrowed is None else {**tensors, WEIGHTS: self._narrowed.widen(tensors[WEIGHTS])}

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from fastpoem.corpus.feed import Feed, Rows, validation_steps
 from fastpoem.corpus.store import TokenStore
+from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.step import Totals, TrainStep, evaluate
 from fastpoem.engine.world import World
 from fastpoem.run.console import Voice
-from fastpoem.signals import StopRequest
 
 
 class Told(Exception):
@@ -26,13 +27,16 @@ class Validation(NamedTuple):
     rows: np.ndarray
     own: bool = False
 
-    def batches(self, batch: int, table: np.ndarray | None, stop: StopRequest | None) -> Iterator[Rows]:
-        """All of them, in batches of like length, their ids numbered by `table`. Raises Told between two where a signal has come to `stop`."""
+    def batches(
+        self, batch: int, table: np.ndarray | None, stop: Callable[[], bool], rank: int = 0, size: int = 1
+    ) -> Iterator[Rows | None]:
+        """All of them, in batches of like length, their ids numbered by `table`; of `size` processes this one, number `rank`, has each size-th,
+        and None for the others'. Raises Told between two where `stop` says so."""
         feed = Feed(self.store, "bucket", table=table)
-        for step in validation_steps(self.store, self.rows, batch):
-            if stop is not None and stop.signal is not None:
+        for number, step in enumerate(validation_steps(self.store, self.rows, batch)):
+            if stop():
                 raise Told
-            yield feed(step)
+            yield feed(step) if number % size == rank else None
 
 
 def validate(
@@ -40,26 +44,44 @@ def validate(
     step: TrainStep,
     batch: int,
     table: np.ndarray | None,
-    stop: StopRequest,
     world: World,
     voice: Voice,
 ) -> Totals:
-    """Loss and accuracy on all of them by the model of `step`. Of several processes each does its part and goes on to the end, as it is not to
-    leave the others alone; one by itself raises Told where a signal has come to `stop`."""
+    """Loss and accuracy on all of them by the model of `step`, each process doing its part. Raises Told, in all, where a signal has come to one."""
     model, kernels, poems = step.optimizer.module, step.optimizer.kernels, len(validation.rows)
-    batches = validation.batches(batch, table, stop if world.size == 1 else None)
+    share = (world.rank, world.size)
+    stop = world.is_asked_to_stop
+    if isinstance(
+        step.optimizer, FullySharded
+    ):  # whose weights all put together, so that all do all, and stop at the same batch
+        share, stop = (0, 1), lambda: world.agree_to_stop(step.device)
+    batches = validation.batches(batch, table, stop, *share)
+    asked = False
+
+    def add_up(every: Tensor) -> Tensor:
+        nonlocal asked
+        asked = True
+        if world.agree_to_stop(step.device):
+            raise Told
+        return every if share == (0, 1) else world.add_up(every)
+
     with voice.phase("validating on {0:,} poems", poems) as at:
-        shared = world.rank, world.size, world.add_up
         try:
-            return evaluate(model, _counted(batches, poems, at), step.device, step.pad_id, kernels, *shared)
+            return evaluate(model, _counted(batches, poems, at, share[1]), step.device, step.pad_id, kernels, add_up)
+        except Told:
+            if not asked and share != (0, 1):  # the others are to hear of it
+                world.agree_to_stop(step.device)
+            raise
         finally:
             model.train()
 
 
-def _counted(batches: Iterable[Rows], poems: int, at: Callable[[int, int], None]) -> Iterator[Rows]:
-    """`batches` as they come, with `at` called with how many poems were in those before."""
+def _counted(
+    batches: Iterable[Rows | None], poems: int, at: Callable[[int, int], None], size: int
+) -> Iterator[Rows | None]:
+    """`batches` as they come, with `at` called with about how many poems were in those before."""
     done = 0
     for rows in batches:
-        at(done, poems)
+        at(min(done, poems), poems)
         yield rows
-        done += len(rows.where)
+        done += 0 if rows is None else len(rows.where) * size

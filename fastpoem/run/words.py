@@ -30,6 +30,7 @@ ZH = {
     "{0} tokens": "{0} 个 token",
     "{0} processes, which divide the poems": "{0} 个进程（分担诗）",
     "{0} processes, which divide the poems and the update": "{0} 个进程（分担诗和参数更新）",
+    "{0} processes, which divide the poems, the weights and the update": "{0} 个进程（分担诗、权重和参数更新）",
     "{0} length buckets": "{0} 个长度桶",
     "{0} poems, {1}": "每批 {0} 首，{1}",
     "packed ({0})": "首尾相接打包（{0}）",
