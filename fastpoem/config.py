@@ -177,6 +177,8 @@ class TrainConfig:
     """torch.compile the model. auto: on a GPU with Triton; off on a CPU, where it was measured to be slower."""
     graphs: Literal["auto", "on", "off"] = "auto"
     """Replay the step as CUDA graphs."""
+    checkpoint_activations: bool = False
+    """Keep only the input of each layer for the backward pass and compute the rest again: much less memory, a third more work, the same numbers."""
     attention: Literal["auto", "flash", "sdpa"] = "auto"
     """flash insists on the flash kernel."""
 
@@ -270,7 +272,7 @@ GROUPS = {  # of --help: those that none of the others has are the run's
     "model": "model from_scratch shape dropout grow_vocab vocab",
     "optimisation": "recipe epochs max_steps batch_size accumulate exact batching buckets shuffle lr schedule warmup_steps weight_decay max_grad_norm "
     "loss_on_padding seed best patience",
-    "speed": "device parallel precision compile graphs attention",
+    "speed": "device parallel precision compile graphs checkpoint_activations attention",
     "run": "",
 }
 

@@ -50,6 +50,7 @@ class Settings(TypedDict, total=False):
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: Literal["auto", "on", "off"]
     graphs: Literal["auto", "on", "off"]
+    checkpoint_activations: bool
     attention: Literal["auto", "flash", "sdpa"]
     log_every: int
     save_every: int | None

@@ -76,13 +76,24 @@ def build_step(
         elif optimizer.is_divided:
             add = partial(_add_in_slices, world, optimizer, add)
             settings["gather"] = partial(world.gather, mine=optimizer.mine)
-        settings |= dict(reduce=partial(world.reduce, add=add), accumulate=config.accumulate)
+        reduce = world.reduce_shards if is_sharded else world.reduce
+        settings |= dict(reduce=partial(reduce, add=add), accumulate=config.accumulate)
     step = TrainStep(plain, optimizer, source, **settings)
     if compiles:
         _compile(step, model, shapes, config.compile == "on", trusted.combined and combines(), say)
     if device.type == "cpu" and optimizer.working.dtype == torch.float32 and native.why_not() is not None:
         say(f"PyTorch's operators between the products, a tenth slower than C ({native.why_not()})")
-    if device.type == "cuda" and config.graphs != "off" and trusted.graphs:
+    records = device.type == "cuda" and config.graphs != "off" and trusted.graphs
+    shape = model.config
+    drops = max(shape.embd_pdrop, shape.attn_pdrop, shape.resid_pdrop) > 0
+    if records and config.checkpoint_activations and drops and step.pieces is plain:
+        # A recording has its generator's state from outside, and would drop other elements when it computes again.
+        reason = "dropout that is not compiled draws other numbers when activations are computed again in a recording"
+        if config.graphs == "on":
+            raise InputError("--graphs on", reason, "use --compile on, --dropout 0 or --graphs auto")
+        say(f"kernels are launched one by one: {reason}")
+        records = False
+    if records:
         begin = time.perf_counter()
         graphs = Graphs(step, say)
         graphs.record(shapes)

@@ -290,6 +290,14 @@ class World:
         if error is not None:
             raise error
 
+    def reduce_shards(self, sums: Sums, error: Exception | None, add: Callable[[Sums], object]) -> None:
+        """`reduce` for a step that has collectives in it: where one process failed the others hang in these, so it does not wait for them."""
+        if error is not None:
+            if isinstance(error, RuntimeError) and (reason := _cause(error)) is not None:
+                raise self._ended(reason) from error
+            raise error
+        self.reduce(sums, None, add)
+
     def _hear(self, told: Tensor) -> None:
         *stops, failed, ranks, save = map(round, told.tolist())
         self.told = Notice(next((int(one) for one, came in zip(SIGNALS, stops, strict=True) if came), None), save > 0)
@@ -324,12 +332,16 @@ class World:
         except Ended:
             raise
         except RuntimeError as error:
-            text = str(error).lower()
-            if "closed" in text or "reset" in text or "broken pipe" in text:
-                reason = "is gone"
-            elif "timed out" in text or "timeout" in text:
-                reason = f"did not answer for {SECONDS:.0f} s"
-            else:
-                reason = f"may be gone ({first_line(error)})"
-            mend = "; --resume goes on from the newest checkpoint" if self.is_training else ""
-            raise Ended(f"another of the {self.size} processes {reason}{mend}") from error
+            raise self._ended(_cause(error) or f"may be gone ({first_line(error)})") from error
+
+    def _ended(self, reason: str) -> Ended:
+        mend = "; --resume goes on from the newest checkpoint" if self.is_training else ""
+        return Ended(f"another of the {self.size} processes {reason}{mend}")
+
+
+def _cause(error: Exception) -> str | None:
+    """What another process has done to a collective that raised this, if it has."""
+    text = str(error).lower()
+    if "closed" in text or "reset" in text or "broken pipe" in text:
+        return "is gone"
+    return f"did not answer for {SECONDS:.0f} s" if "timed out" in text or "timeout" in text else None

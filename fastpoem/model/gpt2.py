@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from fastpoem_kernels import native
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastpoem.model import fused, ops
 from fastpoem.model.attention import Packing, Varlen, causal_attention
@@ -162,6 +164,9 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList(Block(config, layer, varlen) for layer in range(config.n_layer))
         self.ln_f = LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.dropout = Dropout(config.embd_pdrop)
+        self.is_checkpointed = (
+            False  # of each block its input alone is kept, and the rest computed again in the backward pass
+        )
 
     def forward(self, ids: Tensor, packing: Packing | None, draws: Sequence[Draw]) -> Tensor:
         """ids (B, T) int64, 1 + 3 * L draws -> (B, T, D)"""
@@ -172,7 +177,12 @@ class Transformer(nn.Module):
             x = self.wte(ids) + (self.wpe.weight[: ids.shape[1]] if positions is None else self.wpe(positions))
         x = self.dropout(x, draw=draws[0])
         for layer, block in enumerate(self.h):
-            x = block(x, packing, draws[3 * layer + 1 : 3 * layer + 4])
+            mine = draws[3 * layer + 1 : 3 * layer + 4]
+            if self.is_checkpointed and torch.is_grad_enabled():
+                again: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=draws[0] is None)
+                x = checkpoint(block, x, packing, mine, **again)
+            else:
+                x = block(x, packing, mine)
         return self.ln_f(x)
 
 

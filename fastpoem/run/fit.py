@@ -275,6 +275,7 @@ def _assembled(
 def _model(config: TrainConfig, given: Given, varlen: Varlen | None, *, goes_on: bool) -> GPT2:
     """The model with the weights that training begins with; with any at all where it goes on from a checkpoint."""
     model = GPT2(given.shape, varlen)
+    model.transformer.is_checkpointed = config.checkpoint_activations
     if config.from_scratch:
         model.initialise(config.seed)
     elif not goes_on:

@@ -45,6 +45,7 @@ FREE_ON_RESUME = frozenset(
         "accumulate",
         "parallel",
         "exact",
+        "checkpoint_activations",
         "shape",  # it is compared as it came out
         "epochs",
         "max_steps",

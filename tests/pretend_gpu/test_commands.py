@@ -1,5 +1,6 @@
 """The real commands with --device cuda: every way of batching, precision, compiling and graphs; saved, resumed, told to stop; exit codes."""
 
+import collections
 import itertools
 import json
 import os
@@ -163,6 +164,23 @@ def test_two_processes_train_on_two_cards(command, tiny, tmp_path, compiled, acc
         assert {int(one.words[1]) // parameters for one in gathers} <= {1} and len(gathers) == 29 * (parallel != "data")
     kept = weights(run / "model")
     assert all(tensor.isfinite().all() and tensor.abs().sum() > 0 for name, tensor in kept.items() if "wte" in name)
+
+
+def test_weights_are_sharded_over_two_cards(command, tiny, tmp_path):
+    """FSDP's own gathers and sums, a block at a time, and one small sum a step of ours."""
+    run = tmp_path / "run"
+    flags = [*tiny[: tiny.index("--device")], "--device", "cuda", "--out", run, "--epochs", 1, "--log-every", 1]
+    torchrun = ["--standalone", "--nproc-per-node", "2", "-m", TRAIN]
+    outcome = command("torch.distributed.run", *torchrun, *flags, "--parallel", "fsdp", devices=2)
+    assert_sound(outcome)
+    assert "divide the poems, the weights and the update" in outcome.said
+    assert [row["step"] for row in rows(run) if "event" not in row] == [*range(1, 15)]
+    trained = [log for log in outcome.log.processes() if log.collectives]
+    assert len(trained) == 2
+    for log in trained:
+        names = collections.Counter(one.name for one in log.collectives)
+        assert names["ncclReduceScatter"] == 14 * 2 and names["ncclAllGather"] >= 14 * 2  # one block and the root
+    assert all(tensor.isfinite().all() for tensor in weights(run / "model").values())
 
 
 def test_two_processes_stop_together(command, tiny, tmp_path):
@@ -370,3 +388,13 @@ def test_other_flags_run(command, tiny, tmp_path, flags):
     outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--compile", "off", *flags)
     assert_sound(outcome)
     assert any("flash" in entry.words[1] for entry in outcome.log.launches) == ("notebook" not in flags)
+
+
+@pytest.mark.parametrize("compiled, dropout, recorded", [("off", 0, True), ("off", 0.1, False), ("on", 0.1, True)])
+def test_activations_are_computed_again(command, tiny, tmp_path, compiled, dropout, recorded):
+    """Each layer's attention runs twice forward. Uncompiled dropout could not draw the same in a recording."""
+    flags = [*tiny, "--out", tmp_path / "run", "--compile", compiled, "--dropout", dropout, "--checkpoint-activations"]
+    outcome = command(TRAIN, *flags)
+    assert_sound(outcome)
+    assert ("lengths recorded as CUDA graphs" in outcome.said) == recorded
+    assert ("kernels are launched one by one: dropout that is not compiled" in outcome.said) == (not recorded)
