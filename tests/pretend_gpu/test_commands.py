@@ -372,6 +372,15 @@ def test_memory_that_runs_out_is_a_line(command, wide, tmp_path):
     assert_sound(command(TRAIN, *flags, "--batch-size", 4, memory=2))
 
 
+def test_a_model_that_cannot_fit_is_refused(command, tiny, tmp_path):
+    outcome = command(TRAIN, *tiny, "--out", tmp_path / "run", "--shape", "gpt2", memory=1)
+    assert_sound(outcome, 2)
+    (said,) = (line for line in outcome.said.splitlines() if line.startswith("fastpoem: "))
+    assert said.startswith("fastpoem: --device cuda:0: weights and optimizer of ")
+    assert said.endswith("this one has 1.0; use a smaller model, or several GPUs with torchrun and --parallel fsdp")
+    assert not (tmp_path / "run").exists()
+
+
 def test_poems_are_written_on_the_card(command, tiny, tmp_path):
     run = tmp_path / "run"
     assert_sound(command(TRAIN, *tiny, "--out", run, "--compile", "off"))
