@@ -95,8 +95,8 @@ def test_memory_of_a_device_before_it_trains():
     assert of(World()) == 16 and of(World(), torch.float32) == 16
     assert of(four, parallel="data") == 20  # sums in float32
     assert of(four) == of(four, parallel="sharded") == pytest.approx(11, abs=0.1)
-    assert 4 < of(four, parallel="fsdp") < 5
-    assert of(World(), accumulate=2) == 20
+    assert 6 < of(four, parallel="fsdp") < 7 < of(four, parallel="fsdp", accumulate=2) < 8
+    assert of(World(), accumulate=2) == of(World(), torch.float32, accumulate=2) == 20
 
 
 def test_what_cannot_fit_is_refused_before_it_is_made(monkeypatch):

@@ -39,4 +39,6 @@ def choose_batching(
     if device.type != "cpu" or dtype != torch.float32:
         return "bucket", f"there is no packed attention in {str(dtype)[6:]} on {device.type}"
     reason = native.why_not()
+    if reason is None and config.parallel == "fsdp":
+        return "pack", "as without FSDP"  # whose processes have no use for the C
     return ("pack", "attention in C") if reason is None else ("bucket", f"no attention in C: {reason}")

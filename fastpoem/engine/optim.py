@@ -78,7 +78,7 @@ class FlatAdamW:
     `applied`, `lr`, `max_norm` 0-D float32. `scale`: with float16, what `grad` is multiplied by.
 
     slices: (the number of this process's slice of the buffers, how many there are). divided: the update is, so that `master` and the moments
-    are (P / slices,), those of `mine`; `whole` (P,) then has the masters that the module came with, until it is taken.
+    are (P / slices,), those of `mine`; `whole` (P,) on the CPU, in the first process, then has the masters that the module came with, until it is taken.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class FlatAdamW:
         self.master, self.whole = whole, None
         if self.is_divided:
             self.master = whole[self.mine].clone() if self.is_copied else whole[self.mine]
-            self.whole = whole
+            self.whole = whole.to("cpu", copy=True) if number == 0 else None
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         return self.module.named_parameters()

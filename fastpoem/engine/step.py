@@ -357,7 +357,7 @@ def evaluate(
     add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
 ) -> Totals:
     """Loss and accuracy over `batches` with dropout off; the random state is left as it was. Of several processes each has None for the others'
-    batches, and `add_up` sums over them; the numbers do not depend on how many they are."""
+    batches, and `add_up` sums over them; in as many threads, the numbers do not depend on how many they are."""
     was_training = model.training
     model.eval()
     at = home(device)

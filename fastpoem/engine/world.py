@@ -222,7 +222,10 @@ class World:
 
     def scatter_sum(self, tensor: Tensor, mine: slice) -> None:
         """tensor[mine] becomes the sum of all processes'; the rest is lost. One of equal slices in the order of ranks each. NCCL's."""
-        dist.reduce_scatter_tensor(tensor[mine], tensor)
+        scatter = (
+            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        )  # its name up to PyTorch 2.12
+        scatter(tensor[mine], tensor)
 
     def exchange(self, tensor: Tensor, sizes: Sequence[int]) -> Tensor:
         """Of `tensor` (size, n) row r goes to process r. Returns what came from each, one after the other, of these sizes."""
@@ -236,22 +239,25 @@ class World:
         with self._answered():
             whole = tensor.view(torch.uint8)  # gloo knows few types
             each = whole[tensor.element_size() * mine.start : tensor.element_size() * mine.stop]
-            dist.all_gather_into_tensor(whole, each.clone() if tensor.is_cpu else each)
+            gather = (
+                getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+            )  # its name up to PyTorch 2.12
+            gather(whole, each.clone() if tensor.is_cpu else each)
 
     def gather_to_first(self, mine: Tensor, whole: Tensor | None) -> None:
-        """All processes' slices in `whole`, which the first has."""
-        spare = torch.empty_like(mine)
+        """All processes' slices in `whole`, which the first has on the CPU."""
         for rank in range(self.size):
-            part = spare if whole is None else whole.view(self.size, -1)[rank]
-            if rank == self.rank:
-                part.copy_(mine)
+            part = mine if rank == self.rank else torch.empty_like(mine)
             self.broadcast(part, rank)
+            if whole is not None:
+                whole.view(self.size, -1)[rank].copy_(part)
 
     def scatter_from_first(self, mine: Tensor, whole: Tensor | None) -> None:
-        """Each process's slice out of the first's `whole`."""
-        spare = torch.empty_like(mine)
+        """Each process's slice out of the first's `whole`, on the CPU."""
         for rank in range(self.size):
-            part = spare if whole is None else whole.view(self.size, -1)[rank]
+            part = torch.empty_like(mine)
+            if whole is not None:
+                part.copy_(whole.view(self.size, -1)[rank])
             self.broadcast(part)
             if rank == self.rank:
                 mine.copy_(part)

@@ -372,6 +372,8 @@ class Loop:
                 if self.world.size == 1:
                     return False
         self.world.meet()
+        if self.world.size > 1 and self.world.agree_to_stop(self.device):
+            return False  # it may have cut the poems short
         if row["val_loss"] is not None:
             self.best.add(self.done, row["val_loss"])
         self._epoch_due, self._val_loss, self.tally.told = False, row["val_loss"], NOTHING
@@ -441,13 +443,17 @@ class Loop:
             self.saver.wait()
         self.metrics.flush()
         for _ in range(PATIENCE):
-            if self.saver.error is None or not self.saver.by_the_disk or self.world.is_asked_to_stop():
+            if self.saver.error is None or not self.saver.by_the_disk:
+                break
+            if self._raised is not None or self.world.is_asked_to_stop():
                 break
             self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
             stop.wait(RETRY_SECONDS)
             self.save(last=True, again=True)
             self.saver.wait()
             self.metrics.flush()
+        if self._raised is not None and (self.saver.error is not None or self.metrics.error is not None):
+            raise self._raised
         if self.saver.error is not None:
             saved = checkpoint.newest_whole(self.folder)
             newest = f"the newest checkpoint is {saved}" if saved else "no checkpoint was ever written"

@@ -67,10 +67,13 @@ def bytes_on(shape: GPT2Config, config: TrainConfig, device: torch.device, dtype
         block = count_parameters(
             dataclasses.replace(shape, n_layer=1)
         )  # with embedding and head, the largest that is put together
-        return 16 * parameters // size + (narrow + 4) * block
+        # masters, gradient, moments, FSDP's shards, and their gradient until it is taken
+        mine = (24 + 4 * (config.accumulate > 1)) * parameters // size
+        return mine + (narrow + 4) * block
     own = parameters // size if divides(config, device, world) else parameters
     copies = 0 if dtype == torch.float32 else 2 * narrow * parameters + 4 * own  # working and its gradient; masters
-    summed = 4 * parameters if shares(config, world)[1] > 1 and dtype != torch.float32 else 0
+    is_apart = dtype != torch.float32 or config.accumulate > 1
+    summed = 4 * parameters if shares(config, world)[1] > 1 and is_apart else 0
     return copies + summed + 8 * own + (8 * parameters if dtype == torch.float32 else 0)
 
 

@@ -32,9 +32,19 @@ class TrainState:
         self._step, self._device, self._narrowed = step, device, narrowed
         # One for the run: new ones come from a ring, and could be the one that a graph is being recorded on.
         self._copying: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # `clone`: the pages are touched now, not at the first save.
-        self._copies = {name: flat.clone() for name, flat in self._live().items()} if copied else {}
-        step.optimizer.whole = None
+        self._copies: dict[str, Tensor] = {}
+        optimizer = step.optimizer
+        if (
+            copied and optimizer.whole is not None
+        ):  # of a divided update: on the CPU, not to take from one GPU what all divide
+            flats = [optimizer.whole, *(torch.zeros_like(optimizer.whole) for _ in range(2))]
+            pinned = device.type == "cuda" and not isinstance(optimizer, FullySharded)
+            self._copies = {
+                name: flat.pin_memory() if pinned else flat for name, flat in zip(FLATS, flats, strict=True)
+            }
+        elif copied:  # `clone`: the pages are touched now, not at the first save
+            self._copies = {name: flat.clone() for name, flat in self._live().items()}
+        optimizer.whole = None
 
     def tensors(self) -> Tensors:
         """Those in use: what is copied into them is what training goes on with, once `adopt` was called. Of a divided update the copies,
@@ -42,11 +52,7 @@ class TrainState:
         return self._widen(self._named(self._flats()))
 
     def _live(self) -> dict[str, Tensor]:
-        """The flat buffers; of a divided update whole, as they are before training."""
-        optimizer = self._step.optimizer
-        if optimizer.whole is None:
-            return {name: getattr(optimizer, name) for name in FLATS}
-        return dict(zip(FLATS, (optimizer.whole, *map(torch.zeros_like, [optimizer.whole] * 2)), strict=True))
+        return {name: getattr(self._step.optimizer, name) for name in FLATS}
 
     def _flats(self) -> dict[str, Tensor]:
         return self._copies if self._step.optimizer.is_divided else self._live()

@@ -63,6 +63,7 @@ ZH = {
     "asked for": "按参数指定",
     "as the run began": "与这次训练开始时相同",
     "attention in C": "注意力用 C 实现",
+    "as without FSDP": "与不用 FSDP 时相同",
     "too small a step for bf16 to pay": "步太小，bf16 不划算",
     "the GPU has it": "GPU 支持",
     # Progress
