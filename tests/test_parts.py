@@ -287,6 +287,30 @@ def test_other_orders_would_not_be_exact():
     assert not torch.equal(parts.sum(0), exact_sum(parts, 1)[0].flat)
 
 
+@pytest.mark.parametrize("fault", ["none", "masks of its own", "not the global count", "skipped by its own loss"])
+def test_a_shard_that_goes_its_own_way_is_not_exact(store, fault):
+    """Three processes against one, with a planted fault in the last shard."""
+    (batch,) = batches(store, 8, 1, 3)
+    feed, shards = Feed(store, "bucket"), []
+    for wrong in (False, fault != "none"):
+        step, found = make(store, 8, parts=4), []
+        for part in range(4):
+            rows, is_wrong = feed(batch, part, 4), wrong and part == 3
+            step.masks = Masks(6 if is_wrong and fault == "masks of its own" else 5, rows.first)
+            if is_wrong and fault == "not the global count":
+                rows = rows._replace(step=(rows.step[0] - 1, rows.step[1]))
+            step.send(rows, 1e-2)
+            step.micro(rows.shape)
+            if is_wrong and fault == "skipped by its own loss":
+                step.sums.flat.zero_()
+            found.append(step.sums.flat.clone())
+            step._begin_sums()
+        shards.append(torch.stack(found))
+    one, three = exact_sum(shards[0], 1)[0], exact_sum(shards[1], 3)[0]
+    assert torch.equal(one.gradient, three.gradient) is (fault == "none")
+    assert fault != "none" or (one.loss == three.loss and torch.equal(one.counts, three.counts))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count, off", [(2, 0), (3, 0), (5, 0), (3, ALIGN)])
 def test_slices_of_an_update_are_the_whole(store, dtype, count, off):
