@@ -191,6 +191,13 @@ def of_rank(rank: int, out: Path) -> int:
     raise AssertionError(f"no process {rank} in {out}")
 
 
+def killed(rank: int, out: Path) -> bool:
+    with contextlib.suppress(AssertionError, ProcessLookupError):
+        os.kill(of_rank(rank, out), signal.SIGKILL)
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def training(processes: int, base: Path, out: Path, *options: str, after: int = 1, **changes):
     """A run that would never end, with `after` checkpoints."""
@@ -384,7 +391,7 @@ def test_fifty_kills_at_random_moments(base, tmp_path):
         out = tmp_path / f"run-{number}"
         with training(2, base, out, after=0) as (process, _):
             time.sleep(generator.uniform(1.0, 8.0))
-            with contextlib.suppress(AssertionError, ProcessLookupError):
-                os.kill(of_rank(generator.randrange(2), out), signal.SIGKILL)
+            rank = generator.randrange(2)
+            wait(lambda rank=rank, out=out: killed(rank, out), process)  # it may not have begun yet
             assert process.wait(LIMIT) != 0
         assert bool(checkpoint.listed(out)) is (checkpoint.newest_whole(out) is not None)

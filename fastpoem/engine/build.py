@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -54,6 +55,16 @@ def build_step(
     device, store, world = optimizer.master.device, feed.store, world or World()
     _, parts = shares(config, world)
     poems = size_of_share(config.batch_size, parts)
+    shape = model.config
+    drops = max(shape.embd_pdrop, shape.attn_pdrop, shape.resid_pdrop) > 0
+    if device.type == "cuda" and config.checkpoint_activations and drops:
+        # What is computed again must drop what was dropped: PyTorch puts its generator back for that, between two kernels of the host's.
+        reason = "dropout with --checkpoint-activations is neither compiled nor recorded"
+        for name, value in (("compile", config.compile), ("graphs", config.graphs)):
+            if value == "on":
+                raise InputError(f"--{name} on", reason, f"use --dropout 0, or --{name} auto")
+        say(f"kernels are launched one by one: {reason}")
+        config = dataclasses.replace(config, compile="off", graphs="off")
     compiles = _compiles(config, device, say) and trusted.compile
     if config.graphs == "on" and device.type != "cuda":
         raise InputError("--graphs on", f"CUDA graphs run on CUDA devices, not on {device}", "use --graphs auto")
@@ -83,17 +94,7 @@ def build_step(
         _compile(step, model, shapes, config.compile == "on", trusted.combined and combines(), say)
     if device.type == "cpu" and optimizer.working.dtype == torch.float32 and native.why_not() is not None:
         say(f"PyTorch's operators between the products, a tenth slower than C ({native.why_not()})")
-    records = device.type == "cuda" and config.graphs != "off" and trusted.graphs
-    shape = model.config
-    drops = max(shape.embd_pdrop, shape.attn_pdrop, shape.resid_pdrop) > 0
-    if records and config.checkpoint_activations and drops and step.pieces is plain:
-        # A recording has its generator's state from outside, and would drop other elements when it computes again.
-        reason = "dropout that is not compiled draws other numbers when activations are computed again in a recording"
-        if config.graphs == "on":
-            raise InputError("--graphs on", reason, "use --compile on, --dropout 0 or --graphs auto")
-        say(f"kernels are launched one by one: {reason}")
-        records = False
-    if records:
+    if device.type == "cuda" and config.graphs != "off" and trusted.graphs:
         begin = time.perf_counter()
         graphs = Graphs(step, say)
         graphs.record(shapes)
