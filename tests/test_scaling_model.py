@@ -1,5 +1,8 @@
 """Many GPUs on paper: the laws of the model, figures worked out by hand, and docs/scaling.md as the program prints it."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import pytest
 from benchmarks import budget, collectives, gloo, scaling
 from benchmarks.collectives import CLUSTERS, all_gather, all_reduce, ring, tree
 from benchmarks.scaling import GPUS, REAL, WAYS
+from tests.runs import ENVIRONMENT
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
 NVLINK, ONE_ADAPTER, PCIE = CLUSTERS
@@ -139,3 +143,20 @@ def test_what_the_page_says_of_the_ways():
             assert gpus < 256 or took["FSDP"] == max(took.values())
             if cluster is NVLINK and gpus <= 16 and poems // gpus >= 64:
                 assert took["FSDP"] == min(took.values())
+
+
+def test_real_steps_are_timed_beside_their_parts(tmp_path):
+    """What --measure starts, with a small model and one round."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import dataclasses\n"
+        "from benchmarks import gloo\n"
+        "gloo.SHAPE = dataclasses.replace(gloo.SHAPE, n_layer=1, n_embd=8, n_head=1, vocab_size=99)\n"
+        "gloo.ROUNDS = gloo.STEPS = 1\n"
+        "gloo.work()\n"
+    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    ((*times,),) = json.loads(done.stdout)
+    assert len(times) == 4 and all(0 < one < 60 for one in times)

@@ -78,12 +78,12 @@ def build_step(
         plain = plain._replace(autograd=True)
     settings: dict[str, Any] = dict(poems=poems, pad_id=pad_id, pad_targets=config.loss_on_padding)
     if parts > 1:
-        add: Callable[[Sums], object] = lambda sums: world.add_up(sums.flat)
+        add: Callable[[Sums], object] | None = None
         if config.exact:
             tree = Tree(parts, world)
             add, settings["keep"] = tree.total, tree.keep
         if is_sharded:
-            add = partial(_add_in_shards, world, optimizer)
+            add = partial(_add_the_rest, world, optimizer)  # FSDP has summed the gradient
         elif optimizer.is_divided:
             add = partial(_add_in_slices, world, optimizer, add)
             settings["gather"] = partial(world.gather, mine=optimizer.mine)
@@ -109,23 +109,20 @@ def build_step(
     return step
 
 
-def _add_in_slices(world: World, optimizer: FlatAdamW, add: Callable[[Sums], object], sums: Sums) -> None:
+def _add_in_slices(world: World, optimizer: FlatAdamW, add: Callable[[Sums], object] | None, sums: Sums) -> None:
     """Add up what a divided update needs: on a GPU this process's slice of the gradient, half of what the whole would take. gloo makes that of
     sums of the whole, so there it is one, and the norm has the bits of an update that is not divided."""
     if sums.flat.is_cuda:
-        mine = optimizer.mine
-        world.scatter_sum(sums.gradient, mine)
-        sums.norm.copy_(gradient_norm(sums.gradient[mine]).square())
-        world.add_up(sums.flat[-ALIGN:])
-        sums.norm.sqrt_()
+        world.scatter_sum(sums.gradient, optimizer.mine)
+        _add_the_rest(world, optimizer, sums)
     else:
-        add(sums)
+        (add or (lambda all_of_them: world.add_up(all_of_them.flat)))(sums)
         sums.norm.copy_(gradient_norm(sums.gradient[: optimizer.used]))
 
 
-def _add_in_shards(world: World, optimizer: FlatAdamW, sums: Sums) -> None:
-    """Add up what is not in shards, which FSDP has summed. The norm is of all of them."""
-    sums.norm.copy_(gradient_norm(sums.gradient[: optimizer.used]).square())
+def _add_the_rest(world: World, optimizer: FlatAdamW, sums: Sums) -> None:
+    """Add up all but the gradient, of which this process has its own part of the sum, and find the norm of the whole."""
+    sums.norm.copy_(gradient_norm(sums.gradient[optimizer.mine]).square())
     world.add_up(sums.flat[-ALIGN:])
     sums.norm.sqrt_()
 

@@ -12,6 +12,7 @@ Bit for bit the same also takes the same computation of each shard: on the CPU, 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -44,11 +45,12 @@ def shares(config: TrainConfig, world: World) -> tuple[range, int]:
     return range(parts)[share(parts, world.rank, world.size)], parts
 
 
-def grow(branches: list[Branch], new: Branch) -> Tensor | None:
+def grow(branches: list[Branch], new: Branch) -> list[Tensor]:
     """Add the branch right of all others, and join what has become whole. Returns memory that is free now."""
-    free = None
+    free = []
     while branches and branches[-1].size == new.size and branches[-1].first % (2 * new.size) == 0:
-        left, free = branches.pop(), new.sum
+        left = branches.pop()
+        free.append(new.sum)
         new = Branch(left.first, 2 * new.size, left.sum.add_(new.sum))
     branches.append(new)
     return free
@@ -60,8 +62,10 @@ class Tree:
 
     def __init__(self, shards: int, world: World) -> None:
         self.world = world
-        self.ranges = [range(shards)[share(shards, rank, world.size)] for rank in range(world.size)]
-        self.mine = self.ranges[world.rank]
+        ranges = [range(shards)[share(shards, rank, world.size)] for rank in range(world.size)]
+        self.mine = ranges[world.rank]
+        # (first, size) of the branches that each process has at the end, in order of processes
+        self._places = [[(one.first, one.size) for one in _branches_of(mine)] for mine in ranges]
         self._branches: list[Branch] = []
         self._count = 0  # shards of this step so far
         self._free: list[Tensor] = []
@@ -69,7 +73,7 @@ class Tree:
     def keep(self, flat: Tensor) -> None:
         """Take the sums of this process's next shard."""
         copy = self._free.pop() if self._free else torch.empty_like(flat)
-        self._add(Branch(self.mine[self._count], 1, copy.copy_(flat)), self._branches)
+        self._free += grow(self._branches, Branch(self.mine[self._count], 1, copy.copy_(flat)))
         self._count += 1
 
     def total(self, sums: Sums) -> None:
@@ -89,10 +93,9 @@ class Tree:
         size, each = self.world.size, -(-len(flat) // self.world.size)
         padded = [torch.nn.functional.pad(branch.sum, (0, size * each - len(flat))) for branch in branches]
         rows = torch.cat([one.view(size, each) for one in padded], 1)  # (size, branches * each)
-        places = [self._places(shards) for shards in self.ranges]
-        found = self.world.exchange(rows, [each * len(one) for one in places])
+        found = self.world.exchange(rows, [each * len(one) for one in self._places])
         whole: list[Branch] = []
-        for (first, many), part in zip((place for one in places for place in one), found.split(each), strict=True):
+        for (first, many), part in zip(chain(*self._places), found.split(each), strict=True):
             grow(whole, Branch(first, many, part))
         every = torch.empty(size * each)
         mine = slice(self.world.rank * each, (self.world.rank + 1) * each)
@@ -100,14 +103,10 @@ class Tree:
         self.world.gather(every, mine)
         flat.copy_(every[: len(flat)])
 
-    def _add(self, new: Branch, branches: list[Branch]) -> None:
-        if (free := grow(branches, new)) is not None:
-            self._free.append(free)
 
-    @staticmethod
-    def _places(shards: Iterable[int]) -> list[tuple[int, int]]:
-        """(first, size) of the branches that a process with these shards has."""
-        found: list[Branch] = []
-        for shard in shards:
-            grow(found, Branch(shard, 1, torch.zeros(1)))
-        return [(one.first, one.size) for one in found]
+def _branches_of(shards: Iterable[int]) -> list[Branch]:
+    """Those that a process with these shards has."""
+    found: list[Branch] = []
+    for shard in shards:
+        grow(found, Branch(shard, 1, torch.zeros(1)))
+    return found

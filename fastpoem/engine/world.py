@@ -269,13 +269,14 @@ class World:
         first, *others = self.add_up(every).tolist()
         return [rank for rank, one in enumerate(others, 1) if one != first]
 
-    def reduce(self, sums: Sums, error: Exception | None, add: Callable[[Sums], object]) -> None:
-        """Add up a step's sums by `add`, with what this process tells (`tells`). error: what happened to it in the step, raised here once all
+    def reduce(self, sums: Sums, error: Exception | None, add: Callable[[Sums], object] | None = None) -> None:
+        """Add up a step's sums by `add` (None: by one sum over all of them), with what this process tells (`tells`). error: what happened to it in the step, raised here once all
         know; where it happened to another, Ended is raised. What all were told is in `told`, on a GPU a step later, as it is not waited for."""
         if self.size == 1:
             if error is not None:
                 raise error
-            add(sums)
+            if add is not None:
+                add(sums)
             return
         stop, save = self.tells()
         mine = [*(stop == one for one in SIGNALS), error is not None, (self.rank + 1) * (error is not None), save]
@@ -283,7 +284,10 @@ class World:
         sums.told.copy_(torch.tensor(mine, dtype=torch.float32, pin_memory=on_gpu), non_blocking=True)
         if error is not None:
             sums.gradient.zero_()
-        add(sums)
+        if add is None:
+            self.add_up(sums.flat)
+        else:
+            add(sums)
         if on_gpu:
             heard = torch.empty(len(mine), pin_memory=True).copy_(sums.told, non_blocking=True)
             late, self._on_the_way = self._on_the_way, (heard, torch.cuda.Event())
@@ -296,7 +300,7 @@ class World:
         if error is not None:
             raise error
 
-    def reduce_shards(self, sums: Sums, error: Exception | None, add: Callable[[Sums], object]) -> None:
+    def reduce_shards(self, sums: Sums, error: Exception | None, add: Callable[[Sums], object] | None = None) -> None:
         """`reduce` for a step that has collectives in it: where one process failed the others hang in these, so it does not wait for them."""
         if error is not None:
             if isinstance(error, RuntimeError) and (reason := _cause(error)) is not None:

@@ -192,14 +192,14 @@ def _assembled(
         model = _model(config, given, varlen, goes_on=goes_on)
         narrowed = None if ids is None else Narrowed(model, ids)
         with enough_memory(config, device):
-            rates: dict[str, Any] = dict(weight_decay=config.weight_decay, max_norm=config.max_grad_norm)
+            rule: dict[str, Any] = dict(weight_decay=config.weight_decay, max_norm=config.max_grad_norm)
+            rule["kernels"] = trusted.kernels
             optimizer: FlatAdamW
             if is_sharded:
-                optimizer = FullySharded(model, device, dtype, world, kernels=trusted.kernels, **rates)
+                optimizer = FullySharded(model, device, dtype, world, **rule)
             else:
                 slices, divided = (world.rank, world.size), divides(config, device, world)
-                rates |= dict(kernels=trusted.kernels, slices=slices, divided=divided)
-                optimizer = FlatAdamW(model.to(device), device, dtype, **rates)
+                optimizer = FlatAdamW(model.to(device), device, dtype, slices=slices, divided=divided, **rule)
         special = {"bos_token_id": tokenizer.cls_id, "eos_token_id": tokenizer.sep_id, "pad_token_id": tokenizer.pad_id}
         files = tokenizer.files | for_prompts(tokenizer.files, tokenizer, store.manifest["source"].get("convert"))
         beside = hub.companions(hub.saved_config(given.raw_config, shape, special), files)
