@@ -28,7 +28,7 @@ def machine(monkeypatch):
     """(why there is no C, the variable-length kernel)."""
 
     def make(no_c=None, varlen=None):
-        monkeypatch.setattr(native, "_loaded", lambda: no_c if no_c else object())
+        monkeypatch.setattr(native, "_loaded", lambda *_: no_c if no_c else object())
         monkeypatch.setattr(batching, "find_varlen", lambda *_: (varlen, "words on the kernel"))
 
     return make
@@ -40,7 +40,8 @@ def machine(monkeypatch):
         ({}, {}, CPU, FP32, "pack", "attention in C"),
         ({}, {"shuffle": False}, CPU, FP32, "pack", "attention in C"),
         ({"no_c": "gcc is not installed"}, {}, CPU, FP32, "bucket", "gcc is not installed"),
-        ({}, {}, CPU, BF16, "bucket", "bfloat16 on cpu"),
+        ({}, {}, CPU, BF16, "pack", "attention in C"),
+        ({}, {}, CPU, torch.float16, "bucket", "not made for float16"),
         ({}, {"compile": "on"}, CPU, FP32, "bucket", "compiled"),
         ({}, {"loss_on_padding": True}, CPU, FP32, "bucket", "no padding"),
         ({}, {"recipe": "notebook"}, CPU, FP32, "pad", "asked for"),
@@ -75,10 +76,10 @@ def test_a_run_says_what_it_is_and_goes_on_so(small_model, tmp_path, monkeypatch
     loaded = native._loaded
     came_to, words = ("pack", "packed (attention in C)") if no_c is None else ("bucket", "of like length (no attention")
     common = dict(model=str(small_model), data=str(BUNDLED / "poems.txt"), out=str(tmp_path / "run"), device="cpu")
-    monkeypatch.setattr(native, "_loaded", (lambda: no_c) if no_c else loaded)
+    monkeypatch.setattr(native, "_loaded", (lambda *_: no_c) if no_c else loaded)
     fastpoem.fit(**common, max_steps=2)
     assert words in capsys.readouterr().out and config_of(tmp_path / "run") == ("auto", came_to)
-    monkeypatch.setattr(native, "_loaded", (lambda: "another machine") if no_c is None else loaded)
+    monkeypatch.setattr(native, "_loaded", (lambda *_: "another machine") if no_c is None else loaded)
     fastpoem.fit(out=common["out"], max_steps=4, resume=True)
     assert "as the run began" in capsys.readouterr().out and config_of(tmp_path / "run") == ("auto", came_to)
     other = "pack" if came_to == "bucket" else "bucket"

@@ -27,7 +27,8 @@ def attend(qkv, bias, upstream, starts, heads, scale=0.5, p=0.0, seeds=None):
     out, dqkv, dbias = (torch.full_like(t, math.nan) for t in (upstream, qkv, bias))
     stats = torch.full((heads, len(qkv), 2), math.nan)
     sums = torch.full((len(starts) - 1, len(bias)), math.nan, dtype=torch.float64)
-    scratch = torch.full((native.run("attention_scratch", starts, len(starts) - 1, width) + 8,), math.nan)
+    count = native.run("attention_scratch", starts, len(starts) - 1, width, dtype=qkv.dtype)
+    scratch = torch.full((count + 8,), math.nan)
     scratch[-8:] = 7
     native.run("attention", qkv, bias, out, stats, scratch, starts, *sizes)
     scratch[:-8] = math.nan
@@ -208,7 +209,7 @@ def gradients(packed: bool, seed: int = 0):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_models_gradients_are_those_without_it(monkeypatch, packed):
     loss, mine = gradients(packed)
-    monkeypatch.setattr(native, "_loaded", lambda: "taken out by a test")
+    monkeypatch.setattr(native, "_loaded", lambda *_: "taken out by a test")
     expected, theirs = gradients(packed)
     assert abs(loss - expected) < 1e-6
     for name, gradient in theirs.items():

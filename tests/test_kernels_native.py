@@ -132,12 +132,12 @@ def test_any_number_of_threads_gives_the_same_numbers():
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
-def trained(steps, dropout):
+def trained(steps, dropout, dtype=torch.float32):
     """Losses of a small model's first steps."""
     shape = GPT2Config(500, 40, 48, 2, 3, embd_pdrop=dropout, attn_pdrop=dropout, resid_pdrop=dropout)
     model = GPT2(shape)
     model.initialise(0)
-    optimizer = FlatAdamW(model.train(), torch.device("cpu"), torch.float32, weight_decay=0.01, max_norm=1.0)
+    optimizer = FlatAdamW(model.train(), torch.device("cpu"), dtype, weight_decay=0.01, max_norm=1.0)
     step = TrainStep(Pieces(model), optimizer, torch.zeros(8 * 40, dtype=torch.int16), poems=8, pad_id=0)
     draw = torch.Generator().manual_seed(1)
     torch.manual_seed(2)
@@ -153,7 +153,7 @@ def trained(steps, dropout):
 
 def test_the_losses_are_those_without_it(monkeypatch):
     with_it = trained(50, 0.0)
-    monkeypatch.setattr(native, "_loaded", lambda: TAKEN_OUT)
+    monkeypatch.setattr(native, "_loaded", lambda *_: TAKEN_OUT)
     without = trained(50, 0.0)
     assert not torch.equal(with_it, without)  # it is another computation
     assert (with_it - without).abs().max() < 1e-5
@@ -164,7 +164,7 @@ def test_with_dropout_the_losses_are_spread_alike(monkeypatch):
     torch.manual_seed(0)
     with_it, again = trained(150, 0.1), trained(150, 0.1)
     assert torch.equal(with_it, again)
-    monkeypatch.setattr(native, "_loaded", lambda: TAKEN_OUT)
+    monkeypatch.setattr(native, "_loaded", lambda *_: TAKEN_OUT)
     without = trained(150, 0.1)
     assert abs(with_it[50:].mean() - without[50:].mean()) < 0.01
 

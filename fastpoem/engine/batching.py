@@ -36,9 +36,9 @@ def choose_batching(
         return ("bucket" if varlen is None else "pack"), what
     if config.compile == "on":
         return "bucket", "the C for packed attention is not compiled into the model"
-    if device.type != "cpu" or dtype != torch.float32:
-        return "bucket", f"there is no packed attention in {str(dtype)[6:]} on {device.type}"
-    reason = native.why_not()
+    if device.type != "cpu":
+        return "bucket", f"there is no packed attention on {device.type}"
+    reason = native.why_not(dtype)
     if reason is None and config.parallel == "fsdp":
         return "pack", "as without FSDP"  # whose processes have no use for the C
     return ("pack", "attention in C") if reason is None else ("bucket", f"no attention in C: {reason}")

@@ -92,8 +92,8 @@ def build_step(
     step = TrainStep(plain, optimizer, source, **settings)
     if compiles:
         _compile(step, model, shapes, config.compile == "on", trusted.combined and combines(), say)
-    if device.type == "cpu" and optimizer.working.dtype == torch.float32 and native.why_not() is not None:
-        say(f"PyTorch's operators between the products, a tenth slower than C ({native.why_not()})")
+    if device.type == "cpu" and (no_c := native.why_not(optimizer.working.dtype)) is not None:
+        say(f"PyTorch's operators between the products, slower than C ({no_c})")
     if device.type == "cuda" and config.graphs != "off" and trusted.graphs:
         begin = time.perf_counter()
         graphs = Graphs(step, say)

@@ -1,4 +1,4 @@
-"""Pieces of the network whose passes between the products are fastpoem_kernels' C: the float32 step on a CPU, where gcc is.
+"""Pieces of the network whose passes between the products are fastpoem_kernels' C: the float32 and the bfloat16 step on a CPU, where gcc is.
 
 What `fastpoem.model.ops` does for every weight (its gradient written straight into the flat buffer), and beside it: GELU with its bias, the
 residual sum with its bias and dropout are one pass each, forward and backward, attention is one task a head, which keeps nothing of (T, T),
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastpoem_kernels import native
+from fastpoem_kernels import native, product
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -48,6 +48,27 @@ class Drop(torch.autograd.Function):
         return dx, None, None
 
 
+class LayerNorm(torch.autograd.Function):
+    """x (B, T, D) bfloat16 -> (B, T, D)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        y, stats = torch.empty_like(x), torch.empty(x.numel() // len(weight), 2, dtype=torch.float32)
+        native.run("layer_norm", x, weight, bias, y, stats, len(stats), len(weight), eps)
+        ctx.save_for_backward(x, stats)
+        ctx.weight, ctx.bias = weight, bias
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, stats = ctx.saved_tensors
+        weight, bias, dx = ctx.weight, ctx.bias, torch.empty_like(x)
+        outputs = dx, weight.main_grad, bias.main_grad
+        native.run("layer_norm_backward", x, weight, stats, dy.contiguous(), *outputs, len(stats), len(weight))
+        return dx, None, None, None
+
+
 class Attention(torch.autograd.Function):
     """x (B, T, D) -> (B, T, D): causal attention of q, k, v = x @ weight (D, 3 * D) + bias, its weights dropped with probability p.
 
@@ -57,12 +78,12 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, poems: Poems, heads, scale, p):
         rows = x.flatten(0, 1)  # (N, D)
-        qkv = rows @ weight  # (N, 3 * D)
+        qkv = product(rows, weight)  # (N, 3 * D)
         starts, seeds = poems
         sizes = len(seeds), heads, x.shape[-1] // heads, scale
-        out, stats = torch.empty_like(rows), x.new_empty(heads, len(rows), 2)
-        drawn = seeds, dropped(p)
-        native.run("attention", qkv, bias, out, stats, _scratch(starts, *sizes), starts, *sizes, *drawn)
+        out, stats = torch.empty_like(rows), torch.empty(heads, len(rows), 2, dtype=torch.float32)
+        drawn, scratch = (seeds, dropped(p)), _scratch(x.dtype, starts, *sizes)
+        native.run("attention", qkv, bias, out, stats, scratch, starts, *sizes, *drawn)
         ctx.save_for_backward(rows, qkv, stats, starts)
         ctx.weight, ctx.bias, ctx.sizes, ctx.drawn = weight, bias, sizes, drawn
         return out.view_as(x)
@@ -74,15 +95,14 @@ class Attention(torch.autograd.Function):
         weight, bias = ctx.weight, ctx.bias
         d, sums = torch.empty_like(qkv), stats.new_empty(len(starts) - 1, len(bias), dtype=torch.float64)
         inputs, outputs = (qkv, bias, stats, dy.contiguous()), (d, bias.main_grad, sums)
-        native.run(
-            "attention_backward", *inputs, *outputs, _scratch(starts, *ctx.sizes), starts, *ctx.sizes, *ctx.drawn
-        )
-        torch.mm(rows.t(), d, out=weight.main_grad)
-        return (d @ weight.t()).view_as(dy), None, None, None, None, None, None
+        scratch = _scratch(dy.dtype, starts, *ctx.sizes)
+        native.run("attention_backward", *inputs, *outputs, scratch, starts, *ctx.sizes, *ctx.drawn)
+        product(rows.t(), d, out=weight.main_grad)
+        return product(d, weight.t()).view_as(dy), None, None, None, None, None, None
 
 
-def _scratch(starts: Tensor, poems: int, heads: int, width: int, scale: float) -> Tensor:
-    return torch.empty(native.run("attention_scratch", starts, poems, width), dtype=torch.float32)
+def _scratch(dtype: torch.dtype, starts: Tensor, poems: int, heads: int, width: int, scale: float) -> Tensor:
+    return torch.empty(native.run("attention_scratch", starts, poems, width, dtype=dtype), dtype=torch.float32)
 
 
 class Project(torch.autograd.Function):
@@ -110,7 +130,7 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, fc, fc_bias, proj, proj_bias, residual, p, poems: Poems):
         x = x.flatten(0, 1)  # (N, D)
-        before = x @ fc  # (N, I)
+        before = product(x, fc)  # (N, I)
         after = torch.empty_like(before)
         native.run("bias_gelu", before, fc_bias, after, *before.shape)
         ctx.save_for_backward(x, before, after)
@@ -125,8 +145,8 @@ class FeedForward(torch.autograd.Function):
         fc, fc_bias, proj, proj_bias = ctx.weights
         d = _project_backward(dy, after, proj, proj_bias, ctx.drawn)  # (N, I)
         native.run("gelu_backward", before, d, fc_bias.main_grad, *d.shape)
-        torch.mm(x.t(), d, out=fc.main_grad)
-        return (d @ fc.t()).view_as(dy), None, None, None, None, dy, None, None
+        product(x.t(), d, out=fc.main_grad)
+        return product(d, fc.t()).view_as(dy), None, None, None, None, dy, None, None
 
 
 Drawn = tuple[Tensor, int, int, Tensor, int]  # the last arguments of drop_add
@@ -134,7 +154,7 @@ Drawn = tuple[Tensor, int, int, Tensor, int]  # the last arguments of drop_add
 
 def _project(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, p: float, poems: Poems) -> tuple[Tensor, Drawn]:
     """x (N, in), residual (B, T, D) -> the sum (B, T, D), and what was drawn for it."""
-    drawn, out = (poems.starts, len(poems.seeds), len(bias), poems.seeds, dropped(p)), x @ weight
+    drawn, out = (poems.starts, len(poems.seeds), len(bias), poems.seeds, dropped(p)), product(x, weight)
     native.run("drop_add", out, bias, residual.contiguous(), *drawn)
     return out.view_as(residual), drawn
 
@@ -143,5 +163,5 @@ def _project_backward(dy: Tensor, x: Tensor, weight: Any, bias: Any, drawn: Draw
     """dy (B, T, D) -> dx (N, in); writes the gradients of weight and bias."""
     d = dy.new_empty(len(x), dy.shape[-1])
     native.run("drop_add_backward", dy.contiguous(), d, bias.main_grad, *drawn)
-    torch.mm(x.t(), d, out=weight.main_grad)
-    return d @ weight.t()
+    product(x.t(), d, out=weight.main_grad)
+    return product(d, weight.t())

@@ -73,6 +73,8 @@ class Affine(nn.Module):
 
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
+        if self.weight.dtype == torch.bfloat16 and fused.usable(x, self.weight):
+            return fused.LayerNorm.apply(x, self.weight, self.bias, self.eps)
         if ops.direct(self.weight):
             return ops.LayerNorm.apply(x, self.weight, self.bias, self.eps)
         return super().forward(x)

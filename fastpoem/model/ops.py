@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastpoem_kernels import product
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -81,14 +82,14 @@ class Head(torch.autograd.Function):
     def forward(ctx, x, weight):
         ctx.save_for_backward(x)
         ctx.weight = weight
-        return x @ weight.t()
+        return product(x, weight.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (x,) = ctx.saved_tensors
-        torch.mm(dy.t(), x, out=ctx.weight.main_grad)
-        return dy @ ctx.weight, None
+        product(dy.t(), x, out=ctx.weight.main_grad)
+        return product(dy, ctx.weight), None
 
 
 class Embed(torch.autograd.Function):
@@ -104,11 +105,15 @@ class Embed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # (B, T, D)
-        gradient = ctx.tokens.main_grad
+        gradient, ids, rows = ctx.tokens.main_grad, ctx.ids.flatten(), dy.flatten(0, 1)
         # In float32 whatever the dtype: a comma comes a hundred times in a batch.
-        total = gradient.float().index_add_(0, ctx.ids.flatten(), dy.flatten(0, 1).float())
-        if total is not gradient:
-            gradient.copy_(total)
+        if gradient.dtype == torch.float32:
+            gradient.index_add_(0, ids, rows)
+        elif gradient.is_cpu:  # few of the vocabulary's rows; a GPU would have to be waited for
+            there, number = ids.unique(return_inverse=True)
+            gradient[there] = gradient[there].float().index_add_(0, number, rows.float()).to(gradient.dtype)
+        else:
+            gradient.copy_(gradient.float().index_add_(0, ids, rows.float()))
         places = ctx.places.main_grad.zero_()
         if ctx.positions is None:
             torch.sum(dy, 0, out=places[: dy.shape[1]])

@@ -96,14 +96,19 @@ def _clipped_adamw(
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         factor = factor if grad_scale is None else factor / grad_scale
         t, rate = step.item(), lr.item()
-        for p, g, m, v in zip(*(x.split(_piece(grad)) for x in (param, grad, exp_avg, exp_avg_sq)), strict=True):
-            if native.usable(p, g := g.float(), m, v):
-                decay, rise, root = 1 - rate * weight_decay, 1 - beta1**t, (1 - beta2**t) ** -0.5
-                new = 1 - beta1, 1 - beta2
-                native.run("adamw", p, g, m, v, len(p), factor.item(), decay, *new, rate / rise, root, eps)
-            else:
+        copied = grad.dtype == torch.bfloat16 and low_precision is not None and low_precision.dtype == grad.dtype
+        alike = (grad, low_precision) if copied else (param, grad)  # what the C wants of one dtype
+        if native.usable(param, exp_avg, exp_avg_sq) and native.usable(*alike):
+            decay, rise, root = 1 - rate * weight_decay, 1 - beta1**t, (1 - beta2**t) ** -0.5
+            rates = factor.item(), decay, 1 - beta1, 1 - beta2, rate / rise, root, eps
+            copy = low_precision if copied else param
+            native.run("adamw", param, grad, exp_avg, exp_avg_sq, copy, len(param), *rates)
+            if copied:
+                return norm, ~finite
+        else:
+            for p, g, m, v in zip(*(x.split(_piece(grad)) for x in (param, grad, exp_avg, exp_avg_sq)), strict=True):
                 torch._fused_adamw_(
-                    [p], [g], [m], [v], [], [step],
+                    [p], [g.float()], [m], [v], [], [step],
                     lr=rate, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
                     grad_scale=factor.reciprocal() if factor != 1 else None,
                 )  # fmt: skip
@@ -114,15 +119,15 @@ def _clipped_adamw(
 
 def _norm(grad: Tensor) -> Tensor:
     """L2 norm from sums over fixed blocks, added in float64: the same for any number of threads, and exact to float32."""
+    if native.usable(grad):
+        squares = torch.empty(-(-len(grad) // BLOCK), dtype=torch.float64)
+        native.run("squares", grad, len(grad), squares, BLOCK)
+        return squares.sqrt_().norm().float()
     return torch.cat([_block_norms(piece.float()) for piece in grad.split(_piece(grad))]).norm().float()
 
 
 def _block_norms(grad: Tensor) -> Tensor:
     """(ceil(P / BLOCK),) float64, of a float32 gradient."""
-    if native.usable(grad):
-        squares = torch.empty(-(-len(grad) // BLOCK), dtype=torch.float64)
-        native.run("squares", grad, len(grad), squares, BLOCK)
-        return squares.sqrt_()
     whole = len(grad) // BLOCK * BLOCK
     norms = torch.linalg.vector_norm(grad[:whole].view(-1, BLOCK), dim=1)
     return torch.cat([norms, torch.linalg.vector_norm(grad[whole:])[None]]).double()

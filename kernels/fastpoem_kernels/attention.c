@@ -33,7 +33,7 @@ typedef int32_t lanes __attribute__((vector_size(4 * LANES)));
 static inline size padded(size n) { return (n + LANES - 1) / LANES * LANES; }
 static inline size least(size a, size b) { return a < b ? a : b; }
 
-/* The first n floats there, or as many as there are lanes, then zeros. */
+/* The first n there, or as many as there are lanes, then zeros. */
 static inline vector load(const float *from, size n) {
     vector v = {};
     if (n >= LANES)
@@ -48,6 +48,20 @@ static inline void store(float *to, vector v, size n) {
     else
         for (size j = 0; j < n; j++) to[j] = v[j];
 }
+
+#if HALF
+typedef real row_of_lanes __attribute__((vector_size(2 * LANES)));
+static inline vector load_real(const real *from, size n) {
+    row_of_lanes v = {};
+    if (n >= LANES)
+        memcpy(&v, from, sizeof v);
+    else
+        for (size j = 0; j < n; j++) v[j] = from[j];
+    return (vector)(__builtin_convertvector(v, lanes) << 16);
+}
+#else
+static inline vector load_real(const real *from, size n) { return load(from, n); }
+#endif
 
 static inline vector larger(vector a, vector b) { /* b where either is NaN */
     lanes is = a > b;
@@ -98,23 +112,23 @@ static void product(const float *a, size a_row, size a_step, const float *b, siz
 }
 
 /* to (rows, padded(width)) = from (rows, width) + bias (width,) */
-static void gather(float *restrict to, const float *restrict from, size from_row, const float *restrict bias, size rows, size width) {
+static void gather(float *restrict to, const real *restrict from, size from_row, const real *restrict bias, size rows, size width) {
     for (size i = 0; i < rows; i++, from += from_row)
         for (size j = 0; j < width; j += LANES, to += LANES) {
-            vector v = load(from + j, width - j);
-            store(to, bias ? v + load(bias + j, width - j) : v, LANES);
+            vector v = load_real(from + j, width - j);
+            store(to, bias ? v + load_real(bias + j, width - j) : v, LANES);
         }
 }
 
 /* to (padded(width), padded(rows)) = the same, transposed, by LANES squared: rows 1, 2, 4 ... apart trade lanes that are */
-static void gather_transposed(float *restrict to, const float *restrict from, size from_row, const float *restrict bias, size rows,
+static void gather_transposed(float *restrict to, const real *restrict from, size from_row, const real *restrict bias, size rows,
                               size width) {
     size wide = padded(rows);
     for (size i = 0; i < rows; i += LANES)
         for (size j = 0; j < width; j += LANES) {
-            vector v[LANES], shift = load(bias + j, width - j);
+            vector v[LANES], shift = load_real(bias + j, width - j);
 #pragma GCC unroll 16
-            for (int l = 0; l < LANES; l++) v[l] = i + l < rows ? load(from + (i + l) * from_row + j, width - j) + shift : (vector){};
+            for (int l = 0; l < LANES; l++) v[l] = i + l < rows ? load_real(from + (i + l) * from_row + j, width - j) + shift : (vector){};
 #pragma GCC unroll 4
             for (int by = 1; by < LANES; by *= 2) {
                 lanes even = (lanes){NUMBERS} + ((((lanes){NUMBERS} & by) != 0) & (LANES - by)); /* by from a, by from b, ... */
@@ -173,8 +187,16 @@ static void mixed_by(const float *p, size room, const float *b, size deep, size 
         }
 }
 
+/* to (rows, width) = from (rows, padded(width)), rounded. Floats are written where they belong at once. */
+static void scatter(real *restrict to, size to_row, const float *restrict from, size rows, size width) {
+    size deep = padded(width);
+    for (size i = 0; i < rows; i++)
+#pragma omp simd
+        for (size j = 0; j < width; j++) to[i * to_row + j] = put(from[i * deep + j]);
+}
+
 /* Asks memory for what the next head will read or write of a row: too little at a place for the processor to see a stream. */
-static inline void ask(const float *row, size parts, size apart, size width, int writes) {
+static inline void ask(const real *row, size parts, size apart, size width, int writes) {
     for (size part = 0; part < parts; part++)
         for (size j = 0; j < width; j += 64 / sizeof *row)
             if (writes)
@@ -195,7 +217,7 @@ static size longest_of(const int32_t *starts, size poems) {
     return longest;
 }
 static size scratch_of(size longest, size width) {
-    return (3 * longest + 2 * padded(longest)) * padded(width) + (2 * BAND + 1) * (padded(longest) + 2 * LANES);
+    return ((3 + 3 * HALF) * longest + 2 * padded(longest)) * padded(width) + (2 * BAND + 1) * (padded(longest) + 2 * LANES);
 }
 
 /* How many floats of scratch heads of this width need. */
@@ -205,7 +227,7 @@ size attention_scratch(const int32_t *starts, size poems, size width, int thread
 
 /* qkv (N, 3 * H * D), bias (3 * H * D,) -> out (N, H * D) and, for the backward pass, stats (H, N, 2): the largest of a row of q k^T, and
    1 / the sum of exponentials. seeds (poems,) */
-void attention(const float *restrict qkv, const float *restrict bias, float *restrict out, float *restrict stats, float *restrict scratch,
+void attention(const real *restrict qkv, const real *restrict bias, real *restrict out, float *restrict stats, float *restrict scratch,
                const int32_t *restrict starts, size poems, size heads, size width, float scale, const size *seeds, size dropped,
                int threads) {
     float keep = scale_of(dropped);
@@ -216,8 +238,10 @@ void attention(const float *restrict qkv, const float *restrict bias, float *res
         size poem = task / heads, head = task % heads, start = starts[poem], length = starts[poem + 1] - start;
         uint64_t bits = seed_of(seeds[poem], head);
         size wide = padded(length), room = wide + 2 * LANES, band = band_of(length);
-        const float *from = qkv + start * 3 * all + head * width, *shift = bias + head * width;
-        float *q = scratch + omp_get_thread_num() * each, *v = q + length * deep, *kt = v + length * deep, *p = kt + deep * wide;
+        const real *from = qkv + start * 3 * all + head * width, *shift = bias + head * width;
+        real *mine = out + start * all + head * width;
+        float *q = scratch + omp_get_thread_num() * each, *v = q + length * deep, *kt = v + length * deep;
+        float *made = HALF ? kt + deep * wide : (float *)mine, *p = kt + deep * wide + HALF * length * deep;
         gather(q, from, 3 * all, shift, length, width);
         gather_transposed(kt, from + all, 3 * all, shift + all, length, width);
         gather(v, from + 2 * all, 3 * all, shift + 2 * all, length, width);
@@ -240,14 +264,15 @@ void attention(const float *restrict qkv, const float *restrict bias, float *res
 #pragma omp simd
                 for (size j = 0; j < seen; j++) a[j] = a[j] * share * kept(bits, first + (uint32_t)j, dropped, keep);
             }
-            mixed_by(p, room, v, deep, width, top, bottom, out + start * all + head * width, all);
+            mixed_by(p, room, v, deep, width, top, bottom, made, HALF ? deep : all);
         }
+        if (HALF) scatter(mine, all, made, length, width);
     }
 }
 
 /* dout (N, H * D) -> dqkv (N, 3 * H * D), dbias (3 * H * D,) its sum over rows; sums (poems, 3 * H * D) is scratch, the rest as above */
-void attention_backward(const float *restrict qkv, const float *restrict bias, const float *restrict stats, const float *restrict dout,
-                        float *restrict dqkv, float *restrict dbias, double *restrict sums, float *restrict scratch,
+void attention_backward(const real *restrict qkv, const real *restrict bias, const float *restrict stats, const real *restrict dout,
+                        real *restrict dqkv, real *restrict dbias, double *restrict sums, float *restrict scratch,
                         const int32_t *restrict starts, size poems, size heads, size width, float scale, const size *seeds, size dropped,
                         int threads) {
     float keep = scale_of(dropped);
@@ -258,11 +283,14 @@ void attention_backward(const float *restrict qkv, const float *restrict bias, c
         size poem = task / heads, head = task % heads, start = starts[poem], length = starts[poem + 1] - start;
         uint64_t bits = seed_of(seeds[poem], head);
         size wide = padded(length), room = wide + 2 * LANES, band = band_of(length);
-        const float *from = qkv + start * 3 * all + head * width, *shift = bias + head * width;
+        const real *from = qkv + start * 3 * all + head * width, *shift = bias + head * width;
+        real *mine = dqkv + start * 3 * all + head * width;
         float *q = scratch + omp_get_thread_num() * each, *k = q + length * deep, *d = k + length * deep; /* (T, D) */
         float *kt = d + length * deep, *vt = kt + deep * wide;                                            /* (D, T) */
         float *restrict p = vt + deep * wide, *left = p + room, *ds = left + BAND * room;                 /* (1 or BAND, T) */
-        float *dq = dqkv + start * 3 * all + head * width, *dk = dq + all, *dv = dk + all;
+        float *dq = HALF ? ds + BAND * room : (float *)mine;                                              /* (T, D) */
+        size apart = HALF ? length * deep : all, d_row = HALF ? deep : 3 * all;
+        float *dk = dq + apart, *dv = dk + apart;
         gather(q, from, 3 * all, shift, length, width);
         gather(k, from + all, 3 * all, shift + all, length, width);
         gather(d, dout + start * all + head * width, all, NULL, length, width);
@@ -279,7 +307,7 @@ void attention_backward(const float *restrict qkv, const float *restrict bias, c
                 if (head + 1 < heads) {
                     ask(from + i * 3 * all + width, 3, all, width, 0);
                     ask(dout + (start + i) * all + (head + 1) * width, 1, all, width, 0);
-                    ask(dq + i * 3 * all + width, 3, all, width, 1);
+                    ask(mine + i * 3 * all + width, 3, all, width, 1);
                 }
                 uint32_t first = (uint32_t)(i * (i + 1) / 2);
                 exponentials(l, i + 1, seen, scale, stats[2 * row]);
@@ -293,23 +321,24 @@ void attention_backward(const float *restrict qkv, const float *restrict bias, c
 #pragma omp simd
                 for (size j = 0; j < seen; j++) s[j] = scale * (s[j] - p[j] * total);
             }
-            mixed_by(ds, room, k, deep, width, top, bottom, dq, 3 * all);
+            mixed_by(ds, room, k, deep, width, top, bottom, dq, d_row);
             for (size j = 0; j < bottom; j += DOWN) {
                 size i = j > top ? j : top, rows = least(DOWN, bottom - j), at = (i - top) * room + j;
-                product(left + at, 1, room, d + i * deep, deep, bottom - i, dv + j * 3 * all, 3 * all, rows, width, j < top);
-                product(ds + at, 1, room, q + i * deep, deep, bottom - i, dk + j * 3 * all, 3 * all, rows, width, j < top);
+                product(left + at, 1, room, d + i * deep, deep, bottom - i, dv + j * d_row, d_row, rows, width, j < top);
+                product(ds + at, 1, room, q + i * deep, deep, bottom - i, dk + j * d_row, d_row, rows, width, j < top);
             }
         }
         for (size part = 0; part < 3; part++) {
             double *restrict total = sums + poem * 3 * all + part * all + head * width;
             for (size j = 0; j < width; j++) total[j] = 0.0;
             for (size i = 0; i < length; i++)
-                for (size j = 0; j < width; j++) total[j] += dq[i * 3 * all + part * all + j];
+                for (size j = 0; j < width; j++) total[j] += dq[part * apart + i * d_row + j];
+            if (HALF) scatter(mine + part * all, 3 * all, dq + part * apart, length, width);
         }
     }
     for (size j = 0; j < 3 * all; j++) {
         double total = 0.0;
         for (size poem = 0; poem < poems; poem++) total += sums[poem * 3 * all + j];
-        dbias[j] = (float)total;
+        dbias[j] = put((float)total);
     }
 }

@@ -1,7 +1,7 @@
 /* The passes over memory between a step's matrix products on a CPU, each one pass: what PyTorch makes of them reads and writes every
    tensor several times, and spends more on tanh than on memory.
 
-   All tensors are float32, rows contiguous. Sums over rows are taken in double, in the order of rows.
+   All tensors are of `real`, rows contiguous. Sums over rows are taken in double, in the order of rows, before anything is rounded.
    Compiled for the processor it runs on by fastpoem_kernels.native; there is nothing of PyTorch in it. */
 
 #include "native.h"
@@ -21,21 +21,21 @@ static size stripe_of(size width, int threads) {
 }
 
 /* h (N, W) += bias (W,); y = gelu(h) */
-void bias_gelu(float *restrict h, const float *restrict bias, float *restrict y, size rows, size width, int threads) {
+void bias_gelu(real *restrict h, const real *restrict bias, real *restrict y, size rows, size width, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size i = 0; i < rows; i++) {
-        float *restrict a = h + i * width, *restrict b = y + i * width;
+        real *restrict a = h + i * width, *restrict b = y + i * width;
 #pragma omp simd
         for (size j = 0; j < width; j++) {
-            float x = a[j] + bias[j];
-            a[j] = x;
-            b[j] = x * gate(x);
+            a[j] = put(get(a[j]) + get(bias[j]));
+            float x = get(a[j]); /* as the backward pass will see it */
+            b[j] = put(x * gate(x));
         }
     }
 }
 
 /* dy (N, W) becomes dh; dbias (W,) its sum over rows. A thread has columns of its own, so the sums need no second stage. */
-void gelu_backward(const float *restrict h, float *restrict dy, float *restrict dbias, size rows, size width, int threads) {
+void gelu_backward(const real *restrict h, real *restrict dy, real *restrict dbias, size rows, size width, int threads) {
     size stripe = stripe_of(width, threads);
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size from = 0; from < width; from += stripe) {
@@ -43,17 +43,17 @@ void gelu_backward(const float *restrict h, float *restrict dy, float *restrict 
         double sum[n];
         memset(sum, 0, sizeof sum);
         for (size i = 0; i < rows; i++) {
-            const float *restrict a = h + i * width + from;
-            float *restrict d = dy + i * width + from;
+            const real *restrict a = h + i * width + from;
+            real *restrict d = dy + i * width + from;
 #pragma omp simd
             for (size j = 0; j < n; j++) {
-                float x = a[j], s = gate(x);
-                float g = d[j] * (s + x * s * (1.0f - s) * (SLOPE + 3.0f * CUBE * x * x));
-                d[j] = g;
+                float x = get(a[j]), s = gate(x);
+                float g = get(d[j]) * (s + x * s * (1.0f - s) * (SLOPE + 3.0f * CUBE * x * x));
+                d[j] = put(g);
                 sum[j] += g;
             }
         }
-        for (size j = 0; j < n; j++) dbias[from + j] = (float)sum[j];
+        for (size j = 0; j < n; j++) dbias[from + j] = put((float)sum[j]);
     }
 }
 
@@ -64,41 +64,42 @@ static inline size poem_of(const int32_t *starts, size poem, size i) {
 }
 
 /* y (N, W) = kept * x; seeds (poems,) */
-void drop(const float *restrict x, float *restrict y, const int32_t *restrict starts, size poems, size width, const size *restrict seeds,
+void drop(const real *restrict x, real *restrict y, const int32_t *restrict starts, size poems, size width, const size *restrict seeds,
           size dropped, int threads) {
     size poem = 0; /* a thread's rows come in order */
     float scale = scale_of(dropped);
 #pragma omp parallel for schedule(static) firstprivate(poem) num_threads(threads)
     for (size i = 0; i < starts[poems]; i++) {
-        const float *restrict a = x + i * width;
-        float *restrict b = y + i * width;
+        const real *restrict a = x + i * width;
+        real *restrict b = y + i * width;
         poem = poem_of(starts, poem, i);
         uint64_t bits = seeds[poem];
         uint32_t first = (uint32_t)((i - starts[poem]) * width);
 #pragma omp simd
-        for (size j = 0; j < width; j++) b[j] = a[j] * kept(bits, first + (uint32_t)j, dropped, scale);
+        for (size j = 0; j < width; j++) b[j] = put(get(a[j]) * kept(bits, first + (uint32_t)j, dropped, scale));
     }
 }
 
 /* x (N, W) becomes residual + kept * (x + bias) */
-void drop_add(float *restrict x, const float *restrict bias, const float *restrict residual, const int32_t *restrict starts, size poems,
+void drop_add(real *restrict x, const real *restrict bias, const real *restrict residual, const int32_t *restrict starts, size poems,
               size width, const size *restrict seeds, size dropped, int threads) {
     size poem = 0;
     float scale = scale_of(dropped);
 #pragma omp parallel for schedule(static) firstprivate(poem) num_threads(threads)
     for (size i = 0; i < starts[poems]; i++) {
-        float *restrict a = x + i * width;
-        const float *restrict r = residual + i * width;
+        real *restrict a = x + i * width;
+        const real *restrict r = residual + i * width;
         poem = poem_of(starts, poem, i);
         uint64_t bits = seeds[poem];
         uint32_t first = (uint32_t)((i - starts[poem]) * width);
 #pragma omp simd
-        for (size j = 0; j < width; j++) a[j] = r[j] + (a[j] + bias[j]) * kept(bits, first + (uint32_t)j, dropped, scale);
+        for (size j = 0; j < width; j++)
+            a[j] = put(get(r[j]) + (get(a[j]) + get(bias[j])) * kept(bits, first + (uint32_t)j, dropped, scale));
     }
 }
 
 /* dx (N, W) = kept * dy; dbias (W,) its sum over rows */
-void drop_add_backward(const float *restrict dy, float *restrict dx, float *restrict dbias, const int32_t *restrict starts, size poems,
+void drop_add_backward(const real *restrict dy, real *restrict dx, real *restrict dbias, const int32_t *restrict starts, size poems,
                        size width, const size *restrict seeds, size dropped, int threads) {
     float scale = scale_of(dropped);
     size stripe = stripe_of(width, threads);
@@ -108,29 +109,46 @@ void drop_add_backward(const float *restrict dy, float *restrict dx, float *rest
         double sum[n];
         memset(sum, 0, sizeof sum);
         for (size i = 0, poem = 0; i < starts[poems]; i++) {
-            const float *restrict a = dy + i * width + from;
-            float *restrict d = dx + i * width + from;
+            const real *restrict a = dy + i * width + from;
+            real *restrict d = dx + i * width + from;
             poem = poem_of(starts, poem, i);
             uint64_t bits = seeds[poem];
             uint32_t first = (uint32_t)((i - starts[poem]) * width + from);
 #pragma omp simd
             for (size j = 0; j < n; j++) {
-                float g = a[j] * kept(bits, first + (uint32_t)j, dropped, scale);
-                d[j] = g;
+                float g = get(a[j]) * kept(bits, first + (uint32_t)j, dropped, scale);
+                d[j] = put(g);
                 sum[j] += g;
             }
         }
-        for (size j = 0; j < n; j++) dbias[from + j] = (float)sum[j];
+        for (size j = 0; j < n; j++) dbias[from + j] = put((float)sum[j]);
     }
+}
+
+/* The sum of e^(a - most) over a (n,), which with `keep` become what is added. */
+static inline double exponentials(real *restrict a, size n, float most, int keep) {
+    double total = 0.0;
+    for (size from = 0; from < n; from += 512) { /* a float sum loses digits over 21,128 terms */
+        size to = from + 512 < n ? from + 512 : n;
+        float part = 0.0f;
+#pragma omp simd reduction(+ : part)
+        for (size j = from; j < to; j++) {
+            float e = exponential(get(a[j]) - most);
+            if (keep) a[j] = put(e);
+            part += e;
+        }
+        total += part;
+    }
+    return total;
 }
 
 /* Of each row of logits (N, V): losses (N,), hits (N,) whether its first largest logit is the target. With `overwrite` the row becomes
    its gradient, weight * (softmax - onehot); rows whose target is `ignored` become 0. */
-void cross_entropy(float *restrict logits, const size *restrict target, double *restrict losses, uint8_t *restrict hits,
-                   size rows, size vocabulary, size ignored, const float *weight, size overwrite, int threads) {
+void cross_entropy(real *restrict logits, const size *restrict target, double *restrict losses, uint8_t *restrict hits, size rows,
+                   size vocabulary, size ignored, const float *weight, size overwrite, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (size i = 0; i < rows; i++) {
-        float *restrict a = logits + i * vocabulary;
+        real *restrict a = logits + i * vocabulary;
         size wanted = target[i];
         losses[i] = 0.0;
         hits[i] = 0;
@@ -138,39 +156,90 @@ void cross_entropy(float *restrict logits, const size *restrict target, double *
             if (overwrite) memset(a, 0, vocabulary * sizeof *a);
             continue;
         }
-        float most = -INFINITY, logit = a[wanted];
+        float most = -INFINITY, logit = get(a[wanted]);
 #pragma omp simd reduction(max : most)
-        for (size j = 0; j < vocabulary; j++) most = a[j] > most ? a[j] : most;
+        for (size j = 0; j < vocabulary; j++) most = get(a[j]) > most ? get(a[j]) : most;
         if (logit == most) {
             size j = 0;
-            while (a[j] != most) j++;
+            while (get(a[j]) != most) j++;
             hits[i] = j == wanted;
         }
-        double others = 0.0; /* without the target's own, beside which a sure model's other terms would be lost */
-        for (size from = 0; from < vocabulary; from += 512) { /* a float sum loses digits over 21,128 terms */
-            size to = from + 512 < vocabulary ? from + 512 : vocabulary;
-            float part = 0.0f;
-            if (overwrite) {
-#pragma omp simd reduction(+ : part)
-                for (size j = from; j < to; j++) {
-                    float e = j == wanted ? 0.0f : exponential(a[j] - most);
-                    a[j] = e;
-                    part += e;
-                }
-            } else {
-#pragma omp simd reduction(+ : part)
-                for (size j = from; j < to; j++) part += j == wanted ? 0.0f : exponential(a[j] - most);
-            }
-            others += part;
-        }
+        /* Without the target's own, beside which a sure model's other terms would be lost. bfloat16 would round them twice: it is left alone,
+           and they are computed again. */
+        double others;
+        if (overwrite && !HALF)
+            others = exponentials(a, wanted, most, 1) + exponentials(a + wanted + 1, vocabulary - wanted - 1, most, 1);
+        else
+            others = exponentials(a, wanted, most, 0) + exponentials(a + wanted + 1, vocabulary - wanted - 1, most, 0);
         double below = (double)logit - (double)most, total = others + exp(below);
         hits[i] &= total == total; /* a NaN would be the largest */
         losses[i] = below == 0.0 ? log1p(others) : log(total) - below;
         if (overwrite) {
             float share = (float)(*weight / total);
 #pragma omp simd
-            for (size j = 0; j < vocabulary; j++) a[j] *= share;
-            a[wanted] = (float)(-*weight * (others / total));
+            for (size j = 0; j < vocabulary; j++) a[j] = put((HALF ? exponential(get(a[j]) - most) : get(a[j])) * share);
+            a[wanted] = put((float)(-*weight * (others / total)));
         }
     }
 }
+
+#if HALF
+/* PyTorch's own in float is faster; in bfloat16 it is slower, and adds up the gradients of weight and bias in bfloat16 (off by a twentieth). */
+
+/* y (N, W) = (x - mean) / sqrt(variance + eps) * weight + bias, of each row; stats (N, 2): mean and the factor before weight */
+void layer_norm(const real *restrict x, const real *restrict weight, const real *restrict bias, real *restrict y, float *restrict stats,
+                size rows, size width, float eps, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < rows; i++) {
+        const real *restrict a = x + i * width;
+        real *restrict b = y + i * width;
+        float sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (size j = 0; j < width; j++) sum += get(a[j]);
+        float mean = sum / (float)width;
+#pragma omp simd reduction(+ : squares)
+        for (size j = 0; j < width; j++) squares += (get(a[j]) - mean) * (get(a[j]) - mean);
+        float factor = 1.0f / sqrtf(squares / (float)width + eps);
+        stats[2 * i] = mean, stats[2 * i + 1] = factor;
+#pragma omp simd
+        for (size j = 0; j < width; j++) b[j] = put((get(a[j]) - mean) * factor * get(weight[j]) + get(bias[j]));
+    }
+}
+
+/* dy (N, W) -> dx (N, W); dweight, dbias (W,) */
+void layer_norm_backward(const real *restrict x, const real *restrict weight, const float *restrict stats, const real *restrict dy,
+                         real *restrict dx, real *restrict dweight, real *restrict dbias, size rows, size width, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size i = 0; i < rows; i++) {
+        const real *restrict a = x + i * width, *restrict d = dy + i * width;
+        real *restrict b = dx + i * width;
+        float mean = stats[2 * i], factor = stats[2 * i + 1], sum = 0.0f, along = 0.0f;
+#pragma omp simd reduction(+ : sum, along)
+        for (size j = 0; j < width; j++) {
+            float g = get(d[j]) * get(weight[j]);
+            sum += g;
+            along += g * (get(a[j]) - mean);
+        }
+        sum /= (float)width, along *= factor * factor / (float)width;
+#pragma omp simd
+        for (size j = 0; j < width; j++) b[j] = put(factor * (get(d[j]) * get(weight[j]) - sum - along * (get(a[j]) - mean)));
+    }
+    size stripe = stripe_of(width, threads);
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (size from = 0; from < width; from += stripe) {
+        size n = width - from < stripe ? width - from : stripe;
+        float sum[n], along[n]; /* what rounds them is bfloat16 */
+        memset(sum, 0, sizeof sum), memset(along, 0, sizeof along);
+        for (size i = 0; i < rows; i++) {
+            const real *restrict a = x + i * width + from, *restrict d = dy + i * width + from;
+            float mean = stats[2 * i], factor = stats[2 * i + 1];
+#pragma omp simd
+            for (size j = 0; j < n; j++) {
+                sum[j] += get(d[j]);
+                along[j] += get(d[j]) * ((get(a[j]) - mean) * factor);
+            }
+        }
+        for (size j = 0; j < n; j++) dbias[from + j] = put(sum[j]), dweight[from + j] = put(along[j]);
+    }
+}
+#endif

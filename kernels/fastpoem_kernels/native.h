@@ -1,4 +1,6 @@
-/* What the C of this folder shares: e^x, and the random bits of dropout.
+/* What the C of this folder shares: how tensors are stored, e^x, and the random bits of dropout.
+
+   Tensors are of `real`: float or, compiled with HALF 1, bfloat16. Arithmetic is float in both, so a pass rounds once, when it writes.
 
    Random bits are a hash of a poem's seed and an element's number in the poem, so that a backward pass makes a mask again instead of reading
    it, and any number of threads, any other poems beside it, and a padded batch or a packed one make the same. */
@@ -9,6 +11,26 @@
 #include <string.h>
 
 typedef int64_t size;
+
+#if HALF
+typedef uint16_t real;
+static inline float get(real x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+static inline real put(float x) { /* the nearest, the even one of two; NaN stays NaN */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = x == x ? bits + 0x7fff + (bits >> 16 & 1) : 0x7fc00000;
+    return (real)(bits >> 16);
+}
+#else
+typedef float real;
+static inline float get(real x) { return x; }
+static inline real put(float x) { return x; }
+#endif
 
 /* e^x for x <= 88, to 1e-7 of itself: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes' expf). 0 below -87.3, so that nothing here
    computes with denormal numbers, which processors do a hundred times slower. NaN stays NaN. */

@@ -1,6 +1,6 @@
-"""The C of this folder, compiled for this processor when it is first wanted and kept: what a float32 step on a CPU uses where it can.
+"""The C of this folder, compiled for this processor when it is first wanted and kept: what a step on a CPU uses where it can.
 
-gcc is needed once and takes about a second; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
+There is a library for float32 tensors and one for bfloat16, of the same source. gcc is needed once for each and takes about two seconds; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
 shares PyTorch's OpenMP threads: with a pool of its own the two would wait for the same cores.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HALF = {torch.float32: False, torch.bfloat16: True}  # what the C calls dtypes
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 COMPILE = "-std=gnu11 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC -shared"
 LINK = "-nodefaultlibs -lm -lc"  # or -fopenmp would bring an OpenMP of its own
@@ -35,25 +36,31 @@ def keep_in(folder: Path | None) -> None:
     _folder = folder
 
 
-def why_not() -> str | None:
-    """What keeps this machine from native.c, None where it is loaded."""
-    loaded = _loaded()
+def why_not(dtype: torch.dtype = torch.float32) -> str | None:
+    """What keeps this machine from the C for tensors of `dtype`, None where it is loaded."""
+    if dtype not in HALF:
+        return f"it is not made for {str(dtype)[6:]}"
+    loaded = _loaded(HALF[dtype])
     return loaded if isinstance(loaded, str) else None
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Are these in the CPU's memory, float32 and without gaps, will products of them be float32 too, and is native.c there?"""
-    return all(_suits(t) for t in tensors) and not torch.is_autocast_enabled("cpu") and why_not() is None
+    """Are these in the CPU's memory, all float32 or all bfloat16, without gaps, will products of them be so too, and is the C for them there?"""
+    dtype = tensors[0].dtype
+    suit = all(_suits(t) and t.dtype == dtype for t in tensors)
+    return suit and not torch.is_autocast_enabled("cpu") and why_not(dtype) is None
 
 
 def _suits(t: Tensor) -> bool:
     real = type(t) in (Tensor, torch.nn.Parameter)  # others, such as a FakeTensor, need not have memory of their own
-    return real and t.is_cpu and t.dtype == torch.float32 and t.is_contiguous()
+    return real and t.is_cpu and t.is_contiguous()
 
 
-def run(name: str, *arguments: Tensor | float) -> int:
-    """Call a function of the C with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads."""
-    function = getattr(_loaded(), name)
+def run(name: str, *arguments: Tensor | float, dtype: torch.dtype | None = None) -> int:
+    """Call a function of the C with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads.
+    It is the one for `dtype`, None: for bfloat16 if any of the tensors is."""
+    half = dtype or next((a.dtype for a in arguments if isinstance(a, Tensor) and a.dtype == torch.bfloat16), None)
+    function = getattr(_loaded(half == torch.bfloat16), name)
     function.restype = ctypes.c_int64  # ctypes takes a result for an int, and a size need not fit one
     result: int = function(*map(_as_c, arguments), torch.get_num_threads())
     return result
@@ -66,8 +73,8 @@ def _as_c(argument: Tensor | float) -> Any:
 
 
 @cache
-def _loaded() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def _loaded(half: bool) -> ctypes.CDLL | str:
+    """The library for bfloat16, or for float32, or why there is none."""
     if sys.platform != "linux":
         return "it is made for Linux"
     try:
@@ -77,6 +84,7 @@ def _loaded() -> ctypes.CDLL | str:
         command = [
             compiler,
             *COMPILE.split(),
+            f"-DHALF={int(half)}",
             *(str(file) for file in SOURCES if file.suffix == ".c"),
             openmp,
             *LINK.split(),
