@@ -1,7 +1,8 @@
 """Hugging Face's `Trainer` on batches that it is given: the loop that people reach for when the notebook's is too slow.
 
 As it comes: fp32, fused AdamW, clip at 1.0, its own collator (padded to the longest, labels -100 on padding) and training step. Poems are tokenized
-before. Only the batches are ours, so that the same class runs at random lengths (*plain*) and at the best that sorting could do (*sorted*).
+before. Only the batches are ours, so that the same class runs at random lengths (*plain*) and at the best that sorting could do (*sorted*),
+and there under autocast too, with its flag bf16=True (*sorted, bf16*).
 
 The strongest that can be had of it (*compiled*): bf16, torch.compile, fused AdamW, SDPA, sorted batches. The Trainer needs accelerate;
 where that is not installed, `loop` does the same without either.

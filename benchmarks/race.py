@@ -1,8 +1,9 @@
 """Contenders on the same poems, in alternating turns: each in a process of its own, with the batches that it would make of the corpus.
 
 fastpoem's batches, as a user without flags has them on the device, are chosen first, evenly spaced by their tokens over its epoch, so that a few steps stand
-for an epoch (a small slice of the text would not do: what is left over of sparse buckets would fill batches of the longest). *trainer, sorted* gets the very same poems, sorted by length. *notebook* and *trainer,
-plain* get random batches of the corpus, chosen in the same way, both the same ones. Turns alternate, so that a machine whose speed drifts slows all alike: compare sums over all turns.
+for an epoch (a small slice of the text would not do: what is left over of sparse buckets would fill batches of the longest). *trainer, sorted* gets the very
+same poems, sorted by length, and so does the Trainer in bf16, which runs where fastpoem computes in bf16. *notebook* and *trainer, plain* get random batches of
+the corpus, chosen in the same way, both the same ones. Turns alternate, so that a machine whose speed drifts slows all alike: compare sums over all turns.
 
 A contender that dies is out of the race, and each of its turns that are left fails with the line that says why; the others go on.
 """
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +27,34 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.precision import dtype_on
 from benchmarks.scene import BATCH, FULL, Scene, row_lengths
-from benchmarks.worker import CONTENDERS, give_back_memory
+from benchmarks.worker import give_back_memory
 from benchmarks.written import POEMS
 from fastpoem.config import from_kwargs
 from fastpoem.corpus.hold_out import hold_out
 from fastpoem.corpus.store import TokenStore
 from fastpoem.engine.batching import choose_batching
-from fastpoem.engine.precision import choose_dtype
 from fastpoem.model.gpt2 import GPT2Config
+from fastpoem.run.folder import PRECISIONS
 from fastpoem.run.given import order_of
 
 ROOT = Path(__file__).parents[1]
+BF16 = "trainer, sorted, bf16"
+CONTENDERS = ("notebook", "trainer, plain", "trainer, sorted", BF16, "fastpoem")
+
+
+def contenders(dtype: torch.dtype) -> dict[str, str]:
+    """{name: "fp32", "bf16" or "fp16", what it computes in} where fastpoem computes in `dtype`; the Trainer in bf16 only where that is bf16."""
+    own = {BF16: "bf16", "fastpoem": PRECISIONS[dtype]}
+    return {name: own.get(name, "fp32") for name in CONTENDERS if name != BF16 or dtype == torch.bfloat16}
+
+
+def everyone() -> list[str]:
+    """Who contends on any device of this machine."""
+    devices = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    found = {name for device in devices for name in contenders(dtype_on(device))}
+    return [name for name in CONTENDERS if name in found]
 
 
 @dataclass
@@ -53,7 +70,8 @@ class Batches:
 
 
 class Programme:
-    """Who trains on what. `lengths` (rows,) are tokens of each poem."""
+    """Who trains on what, where fastpoem computes in `dtype` (None: what it does on the device). `contenders`: {name: precision}; `lengths` (rows,)
+    are tokens of each poem."""
 
     def __init__(
         self,
@@ -70,10 +88,9 @@ class Programme:
         self._row = np.empty((len(store.buckets), max(b.rows for b in store.buckets)), np.int64)
         self._row[bucket, index] = np.arange(store.rows)
         config, where = from_kwargs(data="poems", batch_size=batch, seed=0), torch.device(device)
-        dtype = (
-            dtype or choose_dtype("fp32" if device == "cpu" else "auto", where, FULL, 1030)[0]
-        )  # as the worker has it
-        self.batching, _ = choose_batching(config, where, dtype, FULL.n_embd // FULL.n_head)
+        self.dtype = dtype or dtype_on(device)
+        self.contenders = contenders(self.dtype)
+        self.batching, _ = choose_batching(config, where, self.dtype, FULL.n_embd // FULL.n_head)
         self.order = order_of(dataclasses.replace(config, batching=self.batching), store, held)
         free = np.delete(np.arange(store.rows), held)
         self.random = np.random.default_rng(0).permutation(free)[: len(free) // batch * batch].reshape(-1, batch)
@@ -87,12 +104,11 @@ class Programme:
         steps = spread(range(self.order.steps), count, lambda step: int(self.lengths[self.rows(step)].sum()))
         ours = [self.rows(step) for step in steps]
         random = [batch.tolist() for batch in spread(self.random, count, lambda batch: self.lengths[batch].max())]
-        return {
-            "notebook": Batches(random),
-            "trainer, plain": Batches(random),
-            "trainer, sorted": Batches(self._sorted(ours)),
-            "fastpoem": Batches(ours, steps, self.batching == "pack"),
-        }
+        return self._each(Batches(random), Batches(self._sorted(ours)), Batches(ours, steps, self.batching == "pack"))
+
+    def _each(self, random: Batches, alike: Batches, ours: Batches) -> dict[str, Batches]:
+        theirs = {"notebook": random, "trainer, plain": random, "fastpoem": ours}
+        return {name: theirs.get(name, alike) for name in self.contenders}
 
     def _sorted(self, batches: list[list[int]]) -> list[list[int]]:
         """The same poems in batches of like length."""
@@ -100,13 +116,13 @@ class Programme:
         return rows[np.argsort(self.lengths[rows], kind="stable")].reshape(-1, self.batch).tolist()
 
     def epoch(self, count: int) -> dict[str, Batches]:
-        """The first `count` batches of an epoch, in the order of training; those of *trainer, sorted* shuffled."""
+        """The first `count` batches of an epoch, in the order of training; those that are sorted shuffled."""
         steps = list(range(count))
         random = Batches(self.random[:count].tolist())
         ours = Batches([self.rows(step) for step in steps], steps, self.batching == "pack")
         alike = self._sorted(ours.rows)
         np.random.default_rng(1).shuffle(alike)
-        return {"notebook": random, "trainer, plain": random, "trainer, sorted": Batches(alike), "fastpoem": ours}
+        return self._each(random, Batches(alike), ours)
 
     def figures(self, batches: Batches) -> dict[str, int]:
         """poems, real tokens that are targets, and positions computed: with padding to the longest where they are not packed."""
@@ -139,18 +155,21 @@ class Contender:
         shape: GPT2Config,
         *,
         device: str,
+        precision: str,
         lr: float,
         val_poems: int,
         batch: int = BATCH,
         cache: Path | None = None,
         out: Path | None = None,
     ) -> None:
-        """cache: where stores and compilers keep what they make, None: nowhere that lasts. out: where its folder is made (None: the scene's)."""
+        """precision: fastpoem's; what the others compute in follows from their names. cache: where stores and compilers keep what they make, None:
+        nowhere that lasts. out: where its folder is made (None: the scene's)."""
         folder = Path(tempfile.mkdtemp(prefix=f"{name.replace(', ', '-')}-", dir=out or scene.folder))
         self.name, self.log = name, folder / "log"
         self._resident, self._death = "unknown", ""
-        job = {"contender": name, "data": str(scene.data), "model": str(scene.model(shape)), "folder": str(folder)}
-        job |= {"device": device, "lr": lr, "val_poems": val_poems, "batch": batch, "cache": str(cache or folder)}
+        job: dict[str, Any] = {"contender": name, "data": str(scene.data), "model": str(scene.model(shape))}
+        job |= {"folder": str(folder), "device": device, "precision": precision}
+        job |= {"lr": lr, "val_poems": val_poems, "batch": batch, "cache": str(cache or folder)}
         (folder / "job.json").write_text(json.dumps(job))
         paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
         with open(self.log, "w") as log:
@@ -214,22 +233,24 @@ class Contender:
 def start(
     scene: Scene,
     shape: GPT2Config,
+    names: Iterable[str],
     *,
     device: str = "cpu",
+    precision: str = "fp32",
     lr: float = 2e-5,
     val_poems: int = 0,
-    names: Sequence[str] = CONTENDERS,
     batch: int = BATCH,
     cache: Path | None = None,
     out: Path | None = None,
 ) -> Iterator[dict[str, Contender]]:
-    """One contender after the other, so that their loading does not disturb anybody's first turn; closed at the end."""
+    """Contenders of these names, one after the other, so that their loading does not disturb anybody's first turn; closed at the end.
+    precision: fastpoem's."""
     give_back_memory()  # what this process has measured before leaves gigabytes
-    settings: dict[str, Any] = {"device": device, "lr": lr, "val_poems": val_poems, "batch": batch, "cache": cache}
-    settings["out"] = out
-    contenders = {name: Contender(name, scene, shape, **settings) for name in names}
+    settings: dict[str, Any] = {"device": device, "precision": precision, "lr": lr, "val_poems": val_poems}
+    settings |= {"batch": batch, "cache": cache, "out": out}
+    found = {name: Contender(name, scene, shape, **settings) for name in names}
     try:
-        yield contenders
+        yield found
     finally:
-        for one in contenders.values():
+        for one in found.values():
             one.close()

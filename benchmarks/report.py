@@ -1,8 +1,8 @@
 """`python -m benchmarks.report FILE.json [--out FOLDER]`: what `pytest benchmarks/ --benchmark-json=FILE.json` measured, as a Markdown table and PNG charts.
 
 A benchmark says in its `extra_info` what it is (`kind`); this reads nothing else but its times. Contenders are compared by the sums over all turns of one
-run, with the ratios of the single turns beside them, because a shared machine drifts. What the file does not hold is left out: a contender that lost turns
-is compared on those that it has, and its row says which.
+run, with the ratios of the single turns beside them, because a shared machine drifts; each is named with the precision that it computed in. What the
+file does not hold is left out: a contender that lost turns is compared on those that it has, and its row says which.
 """
 
 from __future__ import annotations
@@ -16,10 +16,18 @@ from typing import Any
 
 from fastpoem_kernels.arguments import Parser
 
+from fastpoem.doctor.machine import units
+
 Row = dict[str, Any]  # extra_info and "seconds_median"
 US = "fastpoem"
 STAGES = ("feed", "forward", "loss", "backward", "update")
-COLOURS = {"notebook": "#b0b0b0", "trainer, plain": "#d8a657", "trainer, sorted": "#7daea3", US: "#c14a4a"}
+COLOURS = {
+    "notebook": "#b0b0b0",
+    "trainer, plain": "#d8a657",
+    "trainer, sorted": "#7daea3",
+    "trainer, sorted, bf16": "#45707a",
+    US: "#c14a4a",
+}
 
 
 def read(path: Path) -> tuple[Mapping[str, Any], dict[str, list[Row]]]:
@@ -35,9 +43,8 @@ def read(path: Path) -> tuple[Mapping[str, Any], dict[str, list[Row]]]:
 
 def machine(info: Mapping[str, Any]) -> str:
     cpu = info.get("cpu", {})
-    flags = [flag for flag in ("avx512f", "avx512_bf16", "amx_bf16") if flag in cpu.get("flags", [])]
     parts = [cpu.get("brand_raw", info.get("machine", "unknown processor")), f"{cpu.get('count', '?')} cores"]
-    parts += [" ".join(flags) or "no AVX-512", f"{info['threads']} threads", f"torch {info['torch']}"]
+    parts += [*units(cpu.get("flags", [])), f"{info['threads']} threads", f"torch {info['torch']}"]
     parts += [f"Python {info['python_version']}", *([info["gpu"]] if info.get("gpu") else [])]
     return ", ".join(parts)
 
@@ -60,8 +67,9 @@ def every_turn(found: Mapping[str, Sequence[Row]]) -> set[int]:
 
 
 def label(name: str, turns: Sequence[Row], whole: set[int]) -> str:
-    """The contender's name, and which turns it has where it lost some."""
+    """The contender's name with the precision that it computed in, and which turns it has where it lost some."""
     mine = [turn["turn"] for turn in turns]
+    name = f"{name.removesuffix(', bf16')}, {turns[0]['precision']}"
     return name if len(mine) == len(whole) else f"{name} (of {len(whole)} turns only {', '.join(map(str, mine))})"
 
 
@@ -70,28 +78,50 @@ def rate(turns: Sequence[Row], what: str) -> float:
     return sum(turn[what] for turn in turns) / sum(turn["seconds"] for turn in turns)
 
 
+def shared(found: Mapping[str, Sequence[Row]], name: str) -> list[tuple[Row, Row]]:
+    """The turns that fastpoem and this one both have, (fastpoem's, the other's)."""
+    return [(us, them) for us in found.get(US, []) for them in found.get(name, []) if us["turn"] == them["turn"]]
+
+
+def gain(both: Sequence[tuple[Row, Row]]) -> float:
+    """Times as many poems a second by fastpoem, over all these turns."""
+    ours, theirs = zip(*both, strict=True)
+    return rate(ours, "poems") / rate(theirs, "poems")
+
+
+def headline(found: Mapping[str, Sequence[Row]]) -> str:
+    """fastpoem against the notebook, and against the Trainer that comes nearest to it, in whichever precision; "" where no turn is shared."""
+    gains = {name: gain(both) for name in found if name != US and (both := shared(found, name))}
+    said = [f"**{gains['notebook']:.2f} times** as many as the notebook"] if "notebook" in gains else []
+    if trainers := {name: value for name, value in gains.items() if name.startswith("trainer")}:
+        best = min(trainers, key=trainers.__getitem__)
+        said += [
+            f"**{trainers[best]:.2f} times** as many as the best Trainer ({label(best, found[best], every_turn(found))})"
+        ]
+    return f"Poems a second, fastpoem in {found[US][0]['precision']}: {', '.join(said)}." if said else ""
+
+
 def throughput(rows: Iterable[Row]) -> str:
     found = by_contender(rows)
     whole = every_turn(found)
     lines = []
     for name, turns in found.items():
-        both = [(us, them) for us in found.get(US, []) for them in turns if us["turn"] == them["turn"] and name != US]
-        gain, spread = "", ""
+        both = shared(found, name) if name != US else []
+        times, spread = "", ""
         if both:
-            ours, theirs = zip(*both, strict=True)
-            gain = f"**{rate(ours, 'poems') / rate(theirs, 'poems'):.2f}**"
+            times = f"**{gain(both):.2f}**"
             ratios = [rate([us], "poems") / rate([them], "poems") for us, them in both]
             spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         padding = 1 - sum(turn["tokens"] for turn in turns) / sum(turn["padded"] for turn in turns)
         lines.append(
-            (label(name, turns, whole), f"{rate(turns, 'poems'):.2f}", f"{rate(turns, 'tokens'):,.0f}", f"{padding:.0%}", gain, spread)
+            (label(name, turns, whole), f"{rate(turns, 'poems'):.2f}", f"{rate(turns, 'tokens'):,.0f}", f"{padding:.0%}", times, spread)
         )  # fmt: skip
     first = next(iter(found.values()))[0]
     note = f"{len(whole)} alternating turns of {first['steps']} steps of 16, {first['corpus']}, on {first['device']}."
-    if none := [name for name in COLOURS if name not in found]:
+    if none := [name for name in first["contenders"] if name not in found]:
         note += f" No turns of: {'; '.join(none)}."
     head = ("", "poems/s", "real tokens/s", "positions without a target", "fastpoem against it", "by turn")
-    return table(head, lines) + "\n\n" + note
+    return "\n\n".join(filter(None, (table(head, lines), headline(found), note)))
 
 
 def stages(rows: Sequence[Row]) -> str:
@@ -123,6 +153,11 @@ def share(row: Row, name: str) -> str:
     return f"{row[name]:.0%}" if name in row else ""
 
 
+def in_precision(rows: Iterable[Row]) -> str:
+    """What these were computed in, for a title; "" where none of them computes."""
+    return "".join(f", {name}" for name in sorted({row["precision"] for row in rows if "precision" in row}))
+
+
 def pretty(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
@@ -142,14 +177,14 @@ def markdown(info: Mapping[str, Any], rows: Mapping[str, list[Row]], device: str
         if poems := next((turns[-1]["written"] for turns in found.values() if "written" in turns[-1]), None):
             parts += [f"Forms and rhymes of {poems} poems that each model writes at the end."]
     if mine.get("stage"):
-        parts += ["### Where a step's time goes", stages(mine["stage"])]
+        parts += [f"### Where a step's time goes{in_precision(mine['stage'])}", stages(mine["stage"])]
     for row in mine.get("share", []):
         parts += [
             f"On real poems the step does {row['flops_per_s'] / 1e9:,.0f} GFLOP/s of model FLOPs on real tokens, "
-            f"**{row['share']:.0%}** of the best product of its shapes in the same run ({row['best_product'] / 1e9:,.0f} GFLOP/s)."
+            f"**{row['share']:.0%}** of the best {row['precision']} product of its shapes in the same run ({row['best_product'] / 1e9:,.0f} GFLOP/s)."
         ]
     if mine.get("scaling"):
-        parts += ["### Scaling", scaling(mine["scaling"])]
+        parts += [f"### Scaling{in_precision(mine['scaling'])}", scaling(mine["scaling"])]
     for row in mine.get("encode", []):
         parts += [
             f"Encoding {row['poems']:,} poems, table {row['table']}: {row['times_the_library']:.0f} times the library's tokenizer."
@@ -199,11 +234,12 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
         done()
     if mine.get("curve"):
         axes = chart("loss", "Held-out loss against seconds of training, small model from random weights", 3.4)
-        for name, turns in by_contender(mine["curve"]).items():
+        found = by_contender(mine["curve"])
+        for name, turns in found.items():
             axes.plot(
                 *zip(*turns[-1]["curve"], strict=True),
                 marker=".",
-                label=f"{name} ({turns[-1]['steps']} steps)",
+                label=f"{label(name, turns, every_turn(found))}, {turns[-1]['steps']} steps",
                 color=COLOURS[name],
             )
         axes.set_xlabel("seconds of training")
@@ -212,7 +248,11 @@ def charts(rows: Mapping[str, list[Row]], folder: Path, caption: str, device: st
         done()
     found_stages = {row["stage"]: row["seconds_median"] for row in mine.get("stage", [])}
     if present := [stage for stage in STAGES if stage in found_stages]:
-        axes = chart("stages", "Where a step's time goes: 16 poems of 66 tokens, each stage alone", 2.6)
+        axes = chart(
+            "stages",
+            f"Where a step's time goes{in_precision(mine['stage'])}: 16 poems of 66 tokens, each stage alone",
+            2.6,
+        )
         axes.barh(present[::-1], [1e3 * found_stages[stage] for stage in present[::-1]], color=COLOURS[US])
         for at, stage in enumerate(present[::-1]):
             axes.annotate(f" {pretty(found_stages[stage])}", (1e3 * found_stages[stage], at), fontsize=8, va="center")
@@ -230,17 +270,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         info, rows = read(given.file)
         caption = machine(info)
+        devices = sorted({row.get("device", "cpu") for some in rows.values() for row in some})
+        tables = {device: markdown(info, rows, device) for device in devices}
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(
             f"{given.file}: no JSON of these benchmarks ({type(error).__name__}: {error}); make it with pytest benchmarks/ --benchmark-json",
             file=sys.stderr,
         )
         return 2
-    devices = sorted({row.get("device", "cpu") for some in rows.values() for row in some})
-    for device in devices:
-        if len(devices) > 1:
+    for device, said in tables.items():
+        if len(tables) > 1:
             print(f"## On {device}\n")
-        print(markdown(info, rows, device))
+        print(said)
         for path in charts(rows, given.out, caption, device):
             print(f"chart: {path}", file=sys.stderr)
     return 0

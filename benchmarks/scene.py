@@ -21,6 +21,7 @@ from fastpoem.engine.memory import keep_freed_memory
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.engine.step import Pieces, TrainStep
 from fastpoem.model import hub
+from fastpoem.model.flash import find_varlen
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
 SHARED = Path(os.environ.get("FASTPOEM_SHARED", Path(__file__).parents[2] / "shared"))
@@ -91,13 +92,20 @@ def row_lengths(store: TokenStore) -> np.ndarray:
     return lengths
 
 
-def make_step(shape: GPT2Config, device: str, *, poems: int = BATCH, longest: int = LENGTH) -> TrainStep:
-    """The engine's step on a model of random weights, for `poems` poems of up to `longest` tokens (fp32, neither compiled nor recorded)."""
+def make_step(
+    shape: GPT2Config,
+    device: str,
+    *,
+    poems: int = BATCH,
+    longest: int = LENGTH,
+    dtype: torch.dtype = torch.float32,
+) -> TrainStep:
+    """The engine's step in `dtype` on a model of random weights, for `poems` poems of up to `longest` tokens (neither compiled nor recorded)."""
     keep_freed_memory()
-    model = GPT2(shape)
+    model = GPT2(shape, find_varlen(torch.device(device), dtype, shape.n_embd // shape.n_head)[0])
     model.initialise(0)
     model.to(device).train()
-    optimizer = FlatAdamW(model, torch.device(device), torch.float32, weight_decay=0.01, max_norm=1.0)
+    optimizer = FlatAdamW(model, torch.device(device), dtype, weight_decay=0.01, max_norm=1.0)
     optimizer.lr.fill_(2e-5)
     source = torch.zeros(poems * longest, dtype=torch.int16, device=device)
     return TrainStep(Pieces(model), optimizer, source, poems=poems, pad_id=0)

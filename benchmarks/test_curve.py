@@ -9,7 +9,6 @@ import pytest
 from benchmarks import race
 from benchmarks.devices import DEVICES
 from benchmarks.scene import SMALL
-from benchmarks.worker import CONTENDERS
 
 pytestmark = pytest.mark.timeout(900)  # slow machines: a turn of the notebook's, and everybody's start before it
 TURNS, SECONDS = 4, 4.0
@@ -21,9 +20,10 @@ ENOUGH = 500  # steps for the fastest, on a machine ten times as fast as two cor
 def contest(request, scene):
     programme = race.Programme(scene.store(), HELD_OUT, request.param)
     batches = programme.epoch(min(programme.order.steps, TURNS * ENOUGH))
-    done = dict.fromkeys(CONTENDERS, 0)
-    curves = {name: [] for name in CONTENDERS}
-    with race.start(scene, SMALL, device=request.param, lr=RATE, val_poems=HELD_OUT) as contenders:
+    names, settings = programme.contenders, dict(device=request.param, lr=RATE, val_poems=HELD_OUT)
+    done = dict.fromkeys(names, 0)
+    curves = {name: [] for name in names}
+    with race.start(scene, SMALL, names, precision=names["fastpoem"], **settings) as contenders:
 
         def turn(name):
             """Train on the next batches and return the whole curve, [(seconds, loss)]."""
@@ -36,17 +36,25 @@ def contest(request, scene):
             curve.append((curve[-1][0] + took["seconds"], one.loss()))
             return curve, done[name]
 
-        yield turn, request.param, lambda name: contenders[name].written()
+        yield turn, request.param, lambda name: contenders[name].written(), names
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("contender", race.everyone())
 @pytest.mark.parametrize("number", range(TURNS))
 def test_loss_against_time(benchmark, contest, number, contender):
-    turn, device, written = contest
+    turn, device, written, names = contest
+    if contender not in names:
+        pytest.skip(f"bf16 is not what pays on {device}")
     benchmark.group = f"loss against time on {device}, turn {number}"
     curve, steps = benchmark.pedantic(turn, args=(contender,), rounds=1)
     benchmark.extra_info.update(
-        kind="curve", contender=contender, turn=number, device=device, curve=list(curve), steps=steps
+        kind="curve",
+        contender=contender,
+        precision=names[contender],
+        turn=number,
+        device=device,
+        curve=list(curve),
+        steps=steps,
     )
     if number == TURNS - 1:
         benchmark.extra_info.update(written(contender))

@@ -8,7 +8,9 @@ import pytest
 
 from benchmarks.arithmetic import model_flops, settle
 from benchmarks.devices import DEVICES
+from benchmarks.precision import dtype_on
 from benchmarks.scene import BATCH, FULL, LENGTH, made_up_rows, make_step
+from fastpoem.run.folder import PRECISIONS
 
 ROUNDS = 3
 CASES = [
@@ -24,7 +26,8 @@ CASES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("axis", "shape", "poems", "length"), CASES, ids=lambda value: getattr(value, "n_embd", value))
 def test_scaling(benchmark, axis, shape, poems, length, device):
-    step, rows = make_step(shape, device, poems=poems, longest=length), made_up_rows(shape, poems, length)
+    dtype, rows = dtype_on(device), made_up_rows(shape, poems, length)
+    step = make_step(shape, device, poems=poems, longest=length, dtype=dtype)
 
     def train():
         step(rows, 2e-5)
@@ -39,6 +42,7 @@ def test_scaling(benchmark, axis, shape, poems, length, device):
         axis=axis,
         at=at,
         device=device,
+        precision=PRECISIONS[dtype],
         tokens_per_s=rows.tokens / seconds,
         flops_per_s=flops / seconds,
     )

@@ -11,9 +11,11 @@ from fastpoem_kernels import cross_entropy
 from benchmarks import race
 from benchmarks.arithmetic import model_flops, settle
 from benchmarks.devices import DEVICES
+from benchmarks.precision import dtype_on
 from benchmarks.scene import BATCH, FULL, LENGTH, Scene, made_up_rows, make_step
 from fastpoem.corpus.feed import Feed
 from fastpoem.engine.batch import IGNORE, assemble
+from fastpoem.run.folder import PRECISIONS
 
 ROUNDS = 7
 
@@ -21,7 +23,7 @@ ROUNDS = 7
 @pytest.fixture(scope="module", params=DEVICES)
 def engine(request):
     """The step, what it trains on, and the device's name."""
-    step, rows = make_step(FULL, request.param), made_up_rows(FULL, BATCH, LENGTH)
+    step, rows = make_step(FULL, request.param, dtype=dtype_on(request.param)), made_up_rows(FULL, BATCH, LENGTH)
     step(rows, 2e-5)
     return step, rows, request.param
 
@@ -57,7 +59,7 @@ def test_stage(benchmark, engine, stage):
         settle(device)
 
     benchmark.group = f"stages of a step, {BATCH} poems of {LENGTH} tokens on {device}"
-    benchmark.extra_info.update(kind="stage", stage=stage, device=device)
+    benchmark.extra_info.update(kind="stage", stage=stage, device=device, precision=PRECISIONS[dtype_on(device)])
     if stage == "step":
         benchmark.extra_info.update(tokens=rows.tokens, flops=model_flops(FULL, [LENGTH - 1] * BATCH))
     benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, warmup_rounds=1)

@@ -2,8 +2,8 @@
 
 A process each, because fastpoem tells the C allocator to keep its memory: contenders that shared its process would be faster than they are.
 
-JOB: {"contender", "data", "model", "folder", "device", "lr", "val_poems", "batch", "cache"}. A line of JSON on stdin is a turn: {"batches": rows of the text, a list for each
-step, "steps": fastpoem's numbers of these steps (or null), "seconds": when to stop at the latest}. Answers {"seconds", "steps"}. {"evaluate": true} is answered
+JOB: {"contender", "data", "model", "folder", "device", "precision" (fastpoem's), "lr", "val_poems", "batch", "cache"}. A line of JSON on stdin is a
+turn: {"batches": rows of the text, a list for each step, "steps": fastpoem's numbers of these steps (or null), "seconds": when to stop at the latest}. Answers {"seconds", "steps"}. {"evaluate": true} is answered
 with {"loss"}: a mean over the real tokens of the held-out poems, {"write": N} with what `benchmarks.written` finds in so many poems; both by the same code for every contender.
 
 All contenders are alive at once, so at the end of a turn each gives the kernel the pages that it has freed, or those who wait would leave no room for who trains; and before
@@ -37,8 +37,6 @@ from fastpoem.engine.step import evaluate
 from fastpoem.model import hub
 from fastpoem.model.gpt2 import GPT2
 from fastpoem.paths import keep_caches
-
-CONTENDERS = ("notebook", "trainer, plain", "trainer, sorted", "fastpoem")
 
 
 class Turns:
@@ -128,8 +126,8 @@ def run_fastpoem(job: dict[str, Any], turns: Turns) -> None:
         "cache_dir": job["cache"],
     }
     places |= {"batch_size": job["batch"]}
-    precision = "fp32" if job["device"] == "cpu" else "auto"  # as the others compute
-    config = from_kwargs(**places, val_poems=job["val_poems"], device=job["device"], lr=job["lr"], precision=precision)
+    places |= {"device": job["device"], "precision": job["precision"]}
+    config = from_kwargs(**places, val_poems=job["val_poems"], lr=job["lr"])
     with assembled(config, Voice(quiet=True)) as (loop, _):
 
         def steps(turn: dict[str, Any]) -> list[int]:
@@ -181,6 +179,8 @@ def run_transformers(job: dict[str, Any], turns: Turns) -> None:
         ]
         run = peers.loop if job["contender"].startswith("loop") else peers.train
         settings = peers.strongest(job["device"]) if compiled and run is peers.train else {}
+        if job["contender"].endswith(", bf16"):
+            settings = {"bf16": True}
         keep_caches(job["cache"])
         run(
             model,

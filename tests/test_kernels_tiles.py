@@ -16,7 +16,7 @@ from fastpoem.model.gpt2 import GPT2, GPT2Config
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 STAND_IN = Path(__file__).with_name("pretend_tiles.h")
 BUILDS = {"AMX": "", "in plain C": f" -include {STAND_IN}"}
-BUILDS["in small blocks"] = BUILDS["in plain C"] + " -DBLOCK=20480 -DGROUP=8192"
+BUILDS["in small blocks"] = BUILDS["in plain C"] + " -DBLOCK=20480 -DGROUP=8192 -DMOST=3 -DDEEP=2"
 SIDES = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 100, 130])
 
 

@@ -130,9 +130,7 @@ def contender(name: str, poems: int, place: Place, seconds: float) -> dict[str, 
     begin, hands = time.monotonic(), race.dealt(each * turns, turns)
     with (
         place.folder() as out,
-        race.start(
-            scene, place.shape, device=device, names=[name], batch=poems, cache=place.work, out=out
-        ) as contenders,
+        race.start(scene, place.shape, [name], device=device, batch=poems, cache=place.work, out=out) as contenders,
     ):
         one, done = contenders[name], []
         one.turn(chosen.part(hands[0]), seconds / 2)  # what only first steps pay, and compiling

@@ -295,10 +295,12 @@ def compiled(
         return Record("", False, note="it was compiled again for a length that it should serve")
     rounded = truth if dtype == torch.float32 else eager(dtype)
     found = [Record("", True, error=0.0, tolerance=1.0)]
+    # On a CPU PyTorch adds up LayerNorm's gradients in bfloat16, and the C of the eager step does not.
+    coarse = dtype == torch.bfloat16 and device.type == "cpu"
     for what, measure, least in (
         ("losses", lambda trace: farthest(trace.losses, truth.losses), 1e-5 if dtype == torch.float32 else 2e-3),
-        ("gradients", lambda trace: _worst_gradient(trace, truth), 1e-4),
-        ("weights", lambda trace: _apart_by(trace.moved, truth.moved), 1e-2),
+        ("gradients", lambda trace: _worst_gradient(trace, truth), 5e-2 if coarse else 1e-4),
+        ("weights", lambda trace: _apart_by(trace.moved, truth.moved), 1e-1 if coarse else 1e-2),
     ):
         allowed = max(least, 2 * measure(rounded))
         found.append(

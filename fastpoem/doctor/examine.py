@@ -212,7 +212,7 @@ def _sentence(
         parts.append("torch.compile" if uses["compile"] else f"no torch.compile ({compiler or 'it failed its check'})")
         parts.append("CUDA graphs" if uses["graphs"] else "no CUDA graphs (they failed their check)")
     else:
-        reason = native.why_not()
+        reason = native.why_not(getattr(torch, uses["precision"]))
         parts.append("fastpoem's C between the products" if reason is None else f"PyTorch's operators ({reason})")
         parts.append("packed batches" if uses["batching"] == "pack" else "bucketed batches")
     named = ", ".join(broken) if len(broken) <= 3 else f"{len(broken)} of {count} checks"

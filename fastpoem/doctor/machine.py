@@ -9,7 +9,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,10 +54,17 @@ ISA = (
     "amx_tile",
     "amx_bf16",
 )  # of /proc/cpuinfo, what products profit by
+UNITS = ({"avx512f": "AVX-512", "avx2": "AVX2"}, {"amx_bf16": "AMX bf16", "avx512_bf16": "AVX-512 bf16"})
 
 
 def peak(name: str) -> Peak | None:
     return next((figures for part, figures in PEAKS.items() if part in name), None)
+
+
+def units(flags: Collection[str]) -> list[str]:
+    """The processor's widest units for fp32 and for bf16 products, by name; none that `flags`, in the words of /proc/cpuinfo, do not tell."""
+    found = ([name for flag, name in kind.items() if flag in flags] for kind in UNITS)
+    return [names[0] for names in found if names]
 
 
 def version(package: str) -> str | None:

@@ -8,13 +8,14 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from fastpoem_kernels import product
 from torch import Tensor
 
 from fastpoem.engine import cards
 from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import GPT2Config
 
-MARGIN = 1.2  # times as fast as fp32 bf16 has to be: beside the products it loses (elementwise work, loss), and noise must not decide
+MARGIN = 1.2  # times as fast as fp32 bf16 has to multiply: a step gains less than its products, and noise must not decide
 WORTH = 20e9  # FLOPs of a step's products below which there are only milliseconds to win, and noise decides
 ROUNDS, SECONDS = 9, 0.5
 
@@ -119,7 +120,7 @@ def _probe(rows: int, wide: int, inner: int) -> list[float]:
     def seconds(x: Tensor, weight: Tensor, dy: Tensor) -> float:
         begin = time.thread_time()
         for one, other in ((x, weight), (dy, weight.t()), (x.t(), dy)):
-            torch.mm(one, other)
+            product(one, other)
         return time.thread_time() - begin
 
     full, half = operands(torch.float32), operands(torch.bfloat16)

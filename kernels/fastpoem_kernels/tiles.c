@@ -16,14 +16,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define SIDE 32                /* rows of a strip, columns of a panel, numbers in a tile's row */
-#define PAIR 2048              /* bytes of two tiles */
-#ifndef BLOCK                  /* the tests have smaller ones */
-#define BLOCK (4 << 20)        /* bytes packed of an operand at a time: what the last cache has room for */
-#define GROUP (768 << 10)      /* bytes of b that a thread goes over again and again: its second cache's */
+#define SIDE 32   /* rows of a strip, columns of a panel, numbers in a tile's row */
+#define PAIR 2048 /* bytes of two tiles */
+#ifndef BLOCK     /* the tests have smaller ones */
+#define BLOCK (4 << 20)   /* bytes packed of an operand at a time: what the last cache has room for */
+#define GROUP (768 << 10) /* bytes of b that a thread goes over again and again: its second cache's */
+#define MOST 8            /* panels of such a group */
+#define DEEP 8            /* tiles along K after which the sums leave the registers: so many of a strip stay in the first cache */
 #endif
-#define MOST 8                 /* panels of such a group */
-#define DEEP 8                 /* tiles along K after which the sums leave the registers: so many of a strip stay in the first cache */
 
 typedef uint32_t sixteen __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
