@@ -15,6 +15,7 @@ import io
 import os
 import select
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
@@ -26,6 +27,7 @@ from fastpoem.missing import missing
 
 Config = TypeVar("Config")
 HELP = ("-h", "--help")
+BEHIND = 30.0  # seconds that the first of several processes may start after the others
 MENDED = "see --help for the flags there are"
 
 
@@ -290,6 +292,8 @@ def run_command(main: Callable[[], int | None]) -> None:
         _leave_if_told()  # a compiler that Ctrl-C ended as well may look like the user's mistake
         if error.here or rank() == 0:
             say(error)
+        else:
+            _let_the_first_speak()
         code = 2
     except ModuleNotFoundError as error:
         if (line := missing(error.name)) is None:
@@ -316,6 +320,13 @@ def run_command(main: Callable[[], int | None]) -> None:
     if not code:  # all was done, but whoever sent a signal is told that it came
         _leave_if_told()
     sys.exit(code or 0)
+
+
+def _let_the_first_speak() -> None:
+    """What every process refuses, the first one says. torchrun ends all when one has ended, and the first may still be importing."""
+    end = time.monotonic() + BEHIND
+    while signals.noted() is None and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _leave_if_told() -> None:

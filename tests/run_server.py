@@ -1,13 +1,14 @@
 """A process that has imported everything and forks a child for each run it is asked for: a run can then be killed a hundred times a minute.
 
-A line of JSON on stdin: {"settings": of fastpoem.fit, "log": file, "fault": of `arm` or null}. Answers with the child's process id, and when
-it has ended with its exit status (negative: the signal).
+A line of JSON on stdin: {"settings": of fastpoem.fit, "log": file, "fault": of `arm` or null}; or {"torchrun": the words of its command, …}, see
+`torchrun`. Answers with the child's process id, and when it has ended with its exit status (negative: the signal).
 """
 
 import errno
 import json
 import os
 import resource
+import runpy
 import shutil
 import signal
 import sys
@@ -16,10 +17,12 @@ import traceback
 from pathlib import Path
 
 import torch
+import torch.distributed.run
 
 from fastpoem import disk
 from fastpoem.config import from_kwargs
-from fastpoem.run import loop
+from fastpoem.engine import world
+from fastpoem.run import saving
 from fastpoem.run.fit import fit
 from fastpoem.run.loop import Loop
 
@@ -60,7 +63,7 @@ def arm(fault: dict) -> None:
     def wrap(name, inner):
         return lambda *args, **kwargs: tick(name, inner, args, kwargs)
 
-    loop.RETRY_SECONDS = 0.01
+    saving.RETRY_SECONDS = 0.01
     for name in OPERATIONS:
         setattr(os, name, wrap(name, getattr(os, name)))
     disk.exchange = wrap("exchange", disk.exchange)
@@ -110,11 +113,57 @@ def child(job: dict) -> int:
         sys.stderr.flush()
 
 
+def torchrun(job: dict) -> int:
+    """What the command of that name does, by its own main: only that its processes, which it would start anew, are forked.
+
+    {"torchrun": its words, "cwd": folder, "out" and "log": files for stdout and stderr, "processes": folder for a file a rank with its process
+    id, "seconds": of fastpoem.engine.world}. It leads a process group, in which all of them are."""
+    os.setpgid(0, 0)
+    os.chdir(job["cwd"])
+    for number, name in enumerate((os.devnull, job["out"], job["log"])):
+        os.dup2(os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND), number)
+    world.SECONDS = job["seconds"]
+    processes, launch = Path(job["processes"]), torch.distributed.run.elastic_launch
+
+    def process(*words: str) -> None:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)  # torchrun's own are there
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        (processes / os.environ["RANK"]).write_text(str(os.getpid()))
+        begin = 1 + (words[1] == "-m")  # words[0] is -u
+        sys.argv = [*words[begin:]]
+        try:
+            if begin == 2:
+                runpy.run_module(words[begin], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(words[begin], run_name="__main__")
+        except Exception:
+            traceback.print_exc()
+            sys.exit(1)
+
+    def forked(config, entrypoint):
+        config.start_method = "fork"
+        return launch(config, process)
+
+    torch.distributed.run.elastic_launch = forked
+    try:
+        torch.distributed.run.main(job["torchrun"])
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
         job = json.loads(line)
+        if "torchrun" in job:
+            import torch.distributed.fsdp  # here, and not two seconds in each process
         pid = os.fork()
         if pid == 0:
-            os._exit(child(job))
+            os._exit(torchrun(job) if "torchrun" in job else child(job))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -1,7 +1,12 @@
 """What the tests of runs share: one small enough to be done hundreds of times, and what makes two runs the same."""
 
+import contextlib
 import json
 import os
+import queue
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -11,7 +16,76 @@ ROOT = Path(__file__).parents[1]
 # Of a process: it finds the checkout without an install, and leaves cores to others.
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
+LIMIT = 600  # seconds, on busy cores
 TIMINGS = {"tokens_per_s", "poems_per_s", "seconds"}
+
+
+class Server:
+    """Runs in forked children, one at a time, see tests/run_server.py. What they say is in `log` and, by torchrun on stdout, `out`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log, self.out, self._processes = folder / "log", folder / "out", folder / "processes"
+        self._processes.mkdir()
+        command = [sys.executable, str(ROOT / "tests" / "run_server.py")]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
+        )
+        self._answers: queue.SimpleQueue[int] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+        self._status: int | None = None
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            self._answers.put(int(line))
+
+    def _begin(self, job: dict) -> int:
+        for file in (self.log, self.out):
+            file.write_bytes(b"")
+        self._status = None
+        print(json.dumps(job), file=self.process.stdin, flush=True)
+        return self._answers.get(timeout=LIMIT)
+
+    def start(self, settings: dict, fault: dict | None = None) -> int:
+        """Begin a run; its process id."""
+        return self._begin({"settings": settings, "log": str(self.log), "fault": fault})
+
+    def torchrun(self, *words: object, cwd: Path = ROOT, seconds: float = 60.0) -> int:
+        """Begin what `torchrun` does with these words; its process id, which is that of its group."""
+        for file in self._processes.iterdir():
+            file.unlink()
+        places = {"cwd": cwd, "out": self.out, "log": self.log, "processes": self._processes}
+        job = {name: str(place) for name, place in places.items()} | {"seconds": seconds}
+        return self._begin(job | {"torchrun": [str(word) for word in words]})
+
+    def of_rank(self, rank: int) -> int | None:
+        """The process that has this rank under torchrun, None where it has not begun."""
+        with contextlib.suppress(OSError, ValueError):
+            return int((self._processes / str(rank)).read_text())
+        return None
+
+    def poll(self) -> int | None:
+        """The exit status of what was begun, None where it goes on."""
+        if self._status is None:
+            with contextlib.suppress(queue.Empty):
+                self._status = self._answers.get_nowait()
+        return self._status
+
+    def wait(self) -> int:
+        """The exit status of what was begun, once it has ended."""
+        if self._status is None:
+            self._status = self._answers.get(timeout=LIMIT)
+        return self._status
+
+    def run(self, settings: dict, fault: dict | None = None) -> int:
+        self.start(settings, fault)
+        return self.wait()
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8")
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(LIMIT)
 
 
 def tiny_model(folder: Path, source: Path) -> Path:

@@ -3,7 +3,7 @@
 The longer forms (`-m slow`) print what the log of the project records: kills survived, steps lost, flips caught.
 """
 
-import json
+import contextlib
 import os
 import random
 import re
@@ -28,7 +28,7 @@ from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.folder import Claim, Taken
 from fastpoem.signals import StopRequest
-from tests.runs import ENVIRONMENT, assert_same, assert_tidy, rows, settings
+from tests.runs import ENVIRONMENT, Server, assert_same, assert_tidy, rows, settings
 
 
 @pytest.fixture
@@ -42,41 +42,10 @@ def scratch(tmp_path):
         yield Path(folder)
 
 
-class Server:
-    """Runs in forked children, see tests/run_server.py."""
-
-    def __init__(self, log: Path) -> None:
-        self.log = log
-        command = [sys.executable, str(Path(__file__).with_name("run_server.py"))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT
-        )
-
-    def start(self, settings, fault=None) -> int:
-        """Begin a run; its process id."""
-        self.log.write_bytes(b"")
-        job = {"settings": settings, "log": str(self.log), "fault": fault}
-        print(json.dumps(job), file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def wait(self) -> int:
-        """The exit status of the run that was begun."""
-        return int(self.process.stdout.readline())
-
-    def run(self, settings, fault=None) -> int:
-        self.start(settings, fault)
-        return self.wait()
-
-    def said(self) -> str:
-        return self.log.read_text()
-
-
 @pytest.fixture(scope="module")
-def server(base):
-    made = Server(base / "log")
-    yield made
-    made.process.stdin.close()
-    made.process.wait(600)
+def server(tmp_path_factory):
+    with contextlib.closing(Server(tmp_path_factory.mktemp("server"))) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import fastpoem
 from fastpoem.errors import InputError
 from fastpoem.run import notebook
 from fastpoem.run.console import Figures, Voice
-from fastpoem.run.loop import Diverged
 from fastpoem.run.notebook import POINTS, SECONDS, Curve, Notebook, in_a_notebook, voice_of
+from fastpoem.run.saving import Diverged
 from tests.runs import assert_same, settings
 from tests.test_report import Checked
 from tests.test_resume import logits_of_nan

@@ -13,20 +13,21 @@ import pytest
 import torch
 
 import fastpoem
-from fastpoem import prepare
+from fastpoem import disk, prepare
 from fastpoem.config import RECIPES, from_kwargs
 from fastpoem.corpus.store import prepare_store
 from fastpoem.corpus.tokenize import PoemTokenizer
 from fastpoem.engine.step import NOTED, Totals, TrainStep
 from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
+from fastpoem.run import checkpoint, saving
 from fastpoem.run import fit as fit_module
-from fastpoem.run import loop as loop_module
 from fastpoem.run import validate as validate_module
 from fastpoem.run.console import Voice
 from fastpoem.run.fit import assembled
 from fastpoem.run.fit import fit as run_fit
-from fastpoem.run.loop import Diverged, Loop, NotSaved, check_state
+from fastpoem.run.loop import Loop, check_state
+from fastpoem.run.saving import Diverged, NotSaved
 from fastpoem.run.trained import trained_model
 from tests.runs import assert_same, assert_tidy, rows, settings, tiny_data, tiny_model
 
@@ -131,9 +132,7 @@ def test_with_every_batching_and_schedule(base, untouched, tmp_path, monkeypatch
 
 def test_a_signal_while_validating_saving_or_exporting(base, untouched, tmp_path, monkeypatch):
     whole = untouched()
-    places = iter(
-        [(validate_module, "evaluate"), (loop_module.checkpoint, "write"), (loop_module.checkpoint, "_drop_old")]
-    )
+    places = iter([(validate_module, "evaluate"), (checkpoint, "write"), (checkpoint, "_drop_old")])
     from fastpoem.run import fit as fit_module
 
     for number, (module, name) in enumerate([*places, (fit_module.hub, "write_folder")]):
@@ -599,17 +598,17 @@ def test_the_newest_checkpoint_that_is_named_is_whole(base, tmp_path, monkeypatc
     fastpoem.fit(**settings(base, out=str(tmp_path / "run"), save_every=4, max_steps=8))
     newest = tmp_path / "run/checkpoints/step-00000008/model.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1])
-    monkeypatch.setattr(loop_module.checkpoint, "write", lambda *given: (_ for _ in ()).throw(OSError(28, "full")))
-    monkeypatch.setattr(loop_module, "PATIENCE", 0)
+    monkeypatch.setattr(checkpoint, "write", lambda *given: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(saving, "PATIENCE", 0)
     with pytest.raises(NotSaved, match=r"the newest checkpoint is .*/step-00000004: make room"):
         fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=10, resume=True))
 
 
 def test_rows_are_on_the_disk_before_the_checkpoint_that_names_them(base, tmp_path, monkeypatch):
     order = []
-    flush, write = loop_module.disk.flush, loop_module.checkpoint.write
-    monkeypatch.setattr(loop_module.disk, "flush", lambda path: (order.append(path.name), flush(path)))
-    monkeypatch.setattr(loop_module.checkpoint, "write", lambda *given: (order.append("write"), write(*given)))
+    flush, write = disk.flush, checkpoint.write
+    monkeypatch.setattr(disk, "flush", lambda path: (order.append(path.name), flush(path)))
+    monkeypatch.setattr(checkpoint, "write", lambda *given: (order.append("write"), write(*given)))
     fastpoem.fit(**settings(base, out=str(tmp_path / "run"), max_steps=1))
     assert order[order.index("write") - 1] == "metrics.jsonl"
 
@@ -656,7 +655,7 @@ def test_a_watch_that_nobody_wrote_is_damage(base, tmp_path, watch):
     with assembled(from_kwargs(**settings(base, out=str(tmp_path / "run"))), Voice(quiet=True)) as (loop, _):
         state = json.loads(json.dumps(loop.state()))
     check_state(state)
-    with pytest.raises(loop_module.checkpoint.Damaged):
+    with pytest.raises(checkpoint.Damaged):
         check_state(state | {"watch": state["watch"] | watch})
 
 

@@ -25,7 +25,7 @@ from fastpoem.errors import InputError
 from fastpoem.model.hub import BUNDLED
 from fastpoem.run import console as console_module
 from fastpoem.run import fit as fit_module
-from fastpoem.run import loop as loop_module
+from fastpoem.run import saving
 from fastpoem.run import validate as validate_module
 from fastpoem.run.console import Voice, step_line
 from fastpoem.run.fit import assembled
@@ -201,10 +201,10 @@ def losses_of(monkeypatch, *losses):
     """Have the validation after each of the epochs, of 14 steps, find these."""
     real = Loop._end_epoch
 
-    def end_epoch(self, stop):
+    def end_epoch(self):
         loss = losses[min(-(-self.done // self.order.steps), len(losses)) - 1]
         monkeypatch.setattr(validate_module, "evaluate", lambda *given: Totals(loss, 1, 0, 1, 0))
-        return real(self, stop)
+        return real(self)
 
     monkeypatch.setattr(Loop, "_end_epoch", end_epoch)
 
@@ -294,7 +294,7 @@ class TestByTheClock:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         monkeypatch.setattr(Loop, "save", noted)
-        monkeypatch.setattr(loop_module, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(saving, "SAVE_SECONDS", 0.0)
         monkeypatch.setattr(Loop, "one_step", step)
         kept = []
         for number in range(3):
@@ -309,7 +309,7 @@ class TestByTheClock:
     def test_save_every_is_obeyed_and_ten_minutes_are_long(self, base, tmp_path, monkeypatch):
         names = lambda run: sorted(path.name for path in (run.folder / "checkpoints").iterdir())
         assert len(names(fastpoem.fit(**settings(base, out=str(tmp_path / "one"), epochs=1)))) == 1
-        monkeypatch.setattr(loop_module, "SAVE_SECONDS", 0.0)
+        monkeypatch.setattr(saving, "SAVE_SECONDS", 0.0)
         run = fastpoem.fit(**settings(base, out=str(tmp_path / "two"), epochs=1, save_every=10))
         assert names(run) == ["step-00000010", "step-00000014"]
 
@@ -435,7 +435,7 @@ def test_a_folder_that_comes_back_has_its_config_again(base, tmp_path, monkeypat
 
 
 def test_at_the_very_end_training_is_not_said_to_go_on(base, tmp_path, monkeypatch, capsys):
-    write, refused = loop_module.checkpoint.write, []
+    write, refused = saving.checkpoint.write, []
 
     def full(run, step, *given):
         if (step == 28 and len(refused) < 2) or step == 14:
@@ -443,8 +443,8 @@ def test_at_the_very_end_training_is_not_said_to_go_on(base, tmp_path, monkeypat
             raise OSError(28, "No space left on device")
         return write(run, step, *given)
 
-    monkeypatch.setattr(loop_module.checkpoint, "write", full)
-    monkeypatch.setattr(loop_module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(saving.checkpoint, "write", full)
+    monkeypatch.setattr(saving, "RETRY_SECONDS", 0.01)
     fastpoem.fit(**settings(base, out=str(tmp_path / "run"), epochs=2))
     lines = [line for line in capsys.readouterr().out.splitlines() if "could not be written" in line]
     assert ["training goes on" in line for line in lines] == [True, False]

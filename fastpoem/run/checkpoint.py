@@ -2,9 +2,9 @@
 
 `checkpoints/step-00001234/` is a model folder that transformers loads (weights, configuration, tokenizer) with the rest of a run's state
 beside it: optimizer.safetensors, and state.json, which names size and sha256 of every file and holds a checksum of itself. It is written
-as `.checkpoint.partial` in the run's folder, flushed to disk and renamed, by a thread of its own from a copy of the state, so that training
-goes on meanwhile. The newest `keep` stay, and the one with the lowest validation loss. Those written by the clock or on a signal are only
-passing: they stay until one that was due anyway is newer, and push none of these out.
+as `.checkpoint.partial` in the run's folder, flushed to disk and renamed. The newest `keep` stay, and the one with the lowest validation
+loss. Those written by the clock or on a signal are only passing: they stay until one that was due anyway is newer, and push none of these
+out.
 
 What is read is hostile until it has been checked: sizes before hashes, hashes before headers, headers before a byte of state is changed.
 """
@@ -16,11 +16,7 @@ import json
 import math
 import os
 import re
-import sys
-import threading
-import time
 from collections.abc import Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -267,65 +263,3 @@ def _is_loss(value: object) -> bool:
 def _checksum(content: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in content.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-class Saver:
-    """Runs jobs that write, one at a time, in a thread of low priority. `error` says why the last one failed, or is None; `by_the_disk`
-    whether that is something a person can mend; `ended` when it was done, by time.monotonic()."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.error, self.by_the_disk, self._coming = say, None, False, None
-        self.ended = time.monotonic()
-        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=_step_back)
-
-    error: str | None
-    _coming: Future[None] | None
-
-    def start(self, name: str, job: Callable[[], object], *, then: str = "") -> None:
-        """Begin `job` when the one before it is done. What the disk refuses is said, with `then`, kept in `error`, and not raised."""
-        self.wait()
-        self._coming = self._thread.submit(self._run, name, job, then)
-
-    @property
-    def busy(self) -> bool:
-        return self._coming is not None and not self._coming.done()
-
-    def wait(self) -> None:
-        """Until nothing is being written. Raises what a job raised that was not the disk's fault."""
-        if self._coming is not None:
-            self._coming.result()
-            self._coming = None
-
-    def close(self) -> None:
-        self._thread.shutdown()
-
-    def _run(self, name: str, job: Callable[[], object], then: str) -> None:
-        try:
-            job()
-            self.error = None
-        except (OSError, NotFinite) as error:
-            self.error, self.by_the_disk = f"{name} could not be written: {error}", isinstance(error, OSError)
-            self.say(f"{self.error}{then}")
-        finally:
-            self.ended = time.monotonic()
-
-
-class NotFinite(ArithmeticError):
-    """Weights or moments hold NaN or infinity: no checkpoint to go on from."""
-
-
-def refuse_non_finite(tensors: Tensors) -> None:
-    """Raises NotFinite where a floating tensor that training goes on from is not finite."""
-    for group in tensors.values():
-        for name, tensor in group.items():
-            if name.startswith(("transformer.", "exp_avg")) and not all(
-                map(math.isfinite, tensor.aminmax())
-            ):  # NaN spreads
-                raise NotFinite(f"{name} holds NaN or infinity")
-
-
-def _step_back() -> None:
-    """On Linux priorities are a thread's own: let the training's threads have the cores first."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)

@@ -39,13 +39,15 @@ from fastpoem.model.gpt2 import GPT2, GPT2Config
 from fastpoem.model.grow import draw_rows
 from fastpoem.model.vocabulary import GENERATION, Narrowed, generation_config
 from fastpoem.run import best, checkpoint, folder
+from fastpoem.run.calendar import DROPOUT
 from fastpoem.run.card import model_card
 from fastpoem.run.console import Voice
 from fastpoem.run.given import Given, order_of, take
-from fastpoem.run.loop import DROPOUT, Loop, NotSaved, check_state
+from fastpoem.run.loop import Loop, check_state
 from fastpoem.run.opened import Run
 from fastpoem.run.processes import check_memory, check_shares, choose_device, divides, threads
 from fastpoem.run.samples import Samples, Writer
+from fastpoem.run.saving import NotSaved
 from fastpoem.run.summary import after, before
 from fastpoem.run.trackers import check_installed
 from fastpoem.signals import StopRequest, ask
@@ -298,10 +300,10 @@ def _resume(loop: Loop, config: TrainConfig) -> dict[str, Any] | None:
         loop.voice.say(f"{loop.folder} holds no checkpoint to resume: starting from the beginning")
         return None
     loop.train_state.adopt(tensors)
-    before, now = state["length"], loop.length
+    before, now = state["length"], loop.calendar.length
     if config.schedule != "constant" and before != now and state["step"] < loop.last_step:
         loop.voice.say(f"the learning rate falls over {now} from here on, where it fell over {before}")
-    rose, rises = state["warmup"], loop.warmup
+    rose, rises = state["warmup"], loop.calendar.warmup
     if rose != rises and state["step"] < min(max(rose, rises), loop.last_step):
         loop.voice.say(f"the learning rate rises over {rises} steps, where it rose over {rose}")
     before, now = state["arithmetic"], loop.arithmetic

@@ -1,7 +1,7 @@
 """The training loop: ask the order for a batch, step, log, validate, save. It reads from top to bottom.
 
 Everything a run goes on with is in one of two: its tensors (`Loop.train_state`, where a checkpoint is copied from and to) and what JSON can hold
-(`Loop.state`). What is in neither is a pure function of the step.
+(`Loop.state`). What is in neither is a pure function of the step (`Loop.calendar`). How a checkpoint comes to the disk is `fastpoem.run.saving`'s.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,23 @@ import torch
 from fastpoem_kernels import native
 from torch import nn
 
-from fastpoem import disk
 from fastpoem.config import TrainConfig
 from fastpoem.corpus.feed import Feed
-from fastpoem.corpus.plan import Order, key_of
+from fastpoem.corpus.plan import Order
 from fastpoem.engine.exact import shares
 from fastpoem.engine.fsdp import FullySharded
 from fastpoem.engine.memory import held
-from fastpoem.engine.optim import learning_rate
 from fastpoem.engine.step import GIVE_UP, TrainStep
 from fastpoem.engine.world import Notice, World
-from fastpoem.errors import Elsewhere, Ended, InputError
+from fastpoem.errors import Elsewhere, InputError
 from fastpoem.model.vocabulary import Narrowed
-from fastpoem.run import best, checkpoint, tally
+from fastpoem.run import best, checkpoint, metrics, saving, tally
 from fastpoem.run.best import Best
-from fastpoem.run.checkpoint import Saver
+from fastpoem.run.calendar import Calendar
 from fastpoem.run.console import Figures, Voice
 from fastpoem.run.metrics import Mark, Metrics
-from fastpoem.run.samples import MEASURED, Samples, due, is_finite
+from fastpoem.run.samples import MEASURED, Samples, is_finite
+from fastpoem.run.saving import Diverged, Saver
 from fastpoem.run.tally import NOTHING, Recent, Tally
 from fastpoem.run.trackers import Trackers
 from fastpoem.run.train_state import TrainState
@@ -44,18 +44,7 @@ from fastpoem.run.validate import Told, Validation, validate
 from fastpoem.run.words import clock
 from fastpoem.signals import Stopped, StopRequest
 
-SAVE_SECONDS = 600.0  # between checkpoints, where --save-every does not say which steps have one
 WORTH_SAYING = 30.0  # seconds that a run takes, before it is said how long it will
-DROPOUT = -2  # what the key of a step's masks is made of, beside seed and step
-PATIENCE, RETRY_SECONDS = 60, 10.0  # how often a finished run's last checkpoint is tried again
-
-
-class Diverged(Ended):
-    """Loss or gradient was not finite in several steps in a row."""
-
-
-class NotSaved(Ended):
-    """Training ended and the disk did not take its last state."""
 
 
 @dataclass
@@ -87,7 +76,6 @@ class Loop:
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Open the run's files, to go on from a checkpoint's `state` (whose tensors are in place) or at the beginning.
         Raises OSError, and InputError for a tracker that does not start."""
-        self.saver = Saver(self.voice.say)
         self._saved_at: object = None  # where the newest checkpoint stands
         keep = None
         if state is not None:
@@ -98,6 +86,7 @@ class Loop:
             if self.world.is_first:  # the others' rows go into a folder of their own, and with it
                 keep = Mark(*state["metrics" if self.done < self.last_step else "metrics_at_the_end"])
         self.metrics = Metrics(self.folder, done=self.done, keep=keep, say=self.voice.say, hold=self.hold)
+        self.saver = Saver(self.metrics, self.beside, self.config.keep, self.hold, self.voice.say)
         named, settings = self.config.trackers, dataclasses.asdict(self.config)
         try:
             self.metrics.trackers = Trackers(named, self.folder, settings, done=self.done, say=self.voice.say)
@@ -107,13 +96,14 @@ class Loop:
         if self.samples is not None:
             over = self.done >= self.last_step
             self.samples.begin(
-                lambda step: step < self.done or (step == self.done and (over or self._is_sampled(step)))
+                lambda step: step < self.done or (step == self.done and (over or self.calendar.is_sampled(step)))
             )
 
     def __post_init__(self) -> None:
         self.train_state = TrainState(self.step, self.device, self.narrowed, copied=self.world.is_first)
         self.tally, self.best, self._forms = Tally(self.step.account.losses), Best(), self.step.forms()
         self._recent, self._estimated = Recent(), False
+        self.calendar = Calendar(self.config, self.order.steps)
         self.my_parts, self.parts = shares(self.config, self.world)  # the shares of a step done here, of all
 
     def close(self) -> None:
@@ -122,19 +112,7 @@ class Loop:
 
     @property
     def last_step(self) -> int:
-        whole = self.config.epochs * self.order.steps
-        return whole if self.config.max_steps is None else min(whole, self.config.max_steps)
-
-    @property
-    def length(self) -> str:
-        """What the schedule's fall depends on, in words."""
-        return f"{self.config.epochs} epochs" if self.config.schedule == "epoch-cosine" else f"{self.last_step} steps"
-
-    @property
-    def warmup(self) -> int:
-        """Steps over which the learning rate rises."""
-        asked = self.config.warmup_steps
-        return min(100, self.last_step // 20) if asked is None else asked
+        return self.calendar.last_step
 
     @property
     def arithmetic(self) -> str:
@@ -142,7 +120,7 @@ class Loop:
         if self.device.type != "cpu":
             return f"{self.device.type}"
         optimizer = self.step.optimizer
-        in_c = optimizer.working.dtype == torch.float32 and native.why_not() is None
+        in_c = native.why_not(optimizer.working.dtype) is None
         in_c &= not isinstance(optimizer, FullySharded)
         what = "C on the CPU" if in_c else "PyTorch's operators on the CPU"
         return f"{what} in {torch.get_num_threads()} threads, exactly" if self.config.exact else what
@@ -161,7 +139,7 @@ class Loop:
 
         def tells() -> Notice:
             nonlocal asked  # on a GPU it is heard a step later, and must not be asked for twice
-            asked = self.world.is_first and self._is_time() and not asked
+            asked = self.world.is_first and self._is_time and not asked
             return Notice(stop.signal if self._raised is None else signal.SIGINT, asked)
 
         self.world.meet()  # the first had a run's files to open
@@ -180,18 +158,18 @@ class Loop:
         self.voice.busy = lambda: self.saver.busy
         self.voice.start(self.done, self.last_step, self.order.steps, self.config.epochs, self.metrics.rows)
         try:
-            if self.done and self._is_sampled(self.done) and not self._epoch_due:
+            if self.done and self.calendar.is_sampled(self.done) and not self._epoch_due:
                 self._sample()  # a signal came before it was done
             while not self.is_over and self.stopped_by(stop) is None:
                 if not self._epoch_due:
                     self.one_step()
-                if self._epoch_due and not self._end_epoch(stop):
+                if self._epoch_due and not self._end_epoch():
                     break
-                if self._is_due():
+                if self.is_over or self.calendar.is_saved(self.done):
                     self.save(last=self.is_over)
-                elif self._is_time() if self.world.size == 1 else self.world.told.save:
+                elif self._is_time if self.world.size == 1 else self.world.told.save:
                     self.save(passing=True)
-                if self._is_sampled(self.done) and not self.is_over:
+                if self.calendar.is_sampled(self.done) and not self.is_over:
                     self._sample()
             if self.stopped_by(stop) is not None and (self.done, self._epoch_due) != self._saved_at:
                 self.save(passing=True, last=True)
@@ -200,8 +178,8 @@ class Loop:
             stopped = self.stopped_by(stop)
             if stopped is None and self.done < self.last_step:
                 self.voice.say(f"stopped after {self.best.since} epochs without a lower validation loss (--patience)")
-            elif stopped is None and self.done % self.order.steps:
-                self._end_epoch(stop)  # cut short by max_steps: said last, as a longer run would not have said it here
+            elif stopped is None and not self.calendar.ends_epoch(self.done):
+                self._end_epoch()  # cut short by max_steps: said last, as a longer run would not have said it here
             if self.stopped_by(stop) is None and self.config.sample_every != 0:
                 self._sample()
             if self._raised is not None:
@@ -218,25 +196,16 @@ class Loop:
         batch = self.order(epoch, within)
         parts = [self.feed(batch, part, self.parts) for part in self.my_parts]
         tokens = parts[0].tokens if parts[0].step is None else parts[0].step[0]  # of the whole step
-        assert config.lr is not None  # `fit` has put a number there
-        lr = learning_rate(
-            config.schedule,
-            config.lr,
-            self.done,
-            steps_per_epoch=self.order.steps,
-            epochs=config.epochs,
-            last_step=self.last_step,
-            warmup=self.warmup,
-        )
-        key = key_of(config.seed, DROPOUT, self.done)
-        self.step.parts(parts, lr, key - (key >> 63 << 64))
+        lr = self.calendar.rate(self.done)
+        self.step.parts(parts, lr, self.calendar.key(self.done))
         self.tally.watch.count += 1
         self.done += 1
-        self._val_loss, self._epoch_due = None, self.done % self.order.steps == 0
-        speak = self._is_regular(self.done) or self.done == self.last_step
+        self._val_loss, self._epoch_due = None, self.calendar.ends_epoch(self.done)
+        speak = self.calendar.is_logged(self.done) or self.done == self.last_step
         diverged = False
         if speak or self.tally.watch.is_full or self.device.type == "cpu":  # elsewhere looking would stop the device
-            self._look()
+            for spike in self.tally.look(self.done):
+                self.voice.say(spike.told)
             diverged = int(self.step.account.most_failed) >= GIVE_UP
         took = time.perf_counter() - begin - (self.step.setup_seconds - setup)
         if (forms := self.step.forms()) > self._forms:
@@ -254,14 +223,6 @@ class Loop:
             self._estimate()
         if speak:
             self._hear()
-
-    def _look(self) -> None:
-        """Report losses far above those before them."""
-        for spike in self.tally.look(self.done):
-            self.voice.say(
-                f"step {spike.step}: loss {spike.loss:.4f} is {spike.z:.1f} standard deviations above the mean of the steps before, "
-                f"{spike.mean:.4f}"
-            )
 
     def _tell(self, epoch: int, lr: float, tokens: int) -> None:
         """Write a step's row. Synchronises with the device."""
@@ -309,14 +270,6 @@ class Loop:
             if left > WORTH_SAYING:
                 self.voice.say("the whole run will take about {0}, validation apart", clock(whole))
 
-    def _is_sampled(self, step: int) -> bool:
-        return due(step, self.order.steps, self.config.sample_every)
-
-    def _is_measured(self) -> bool:
-        """Does this epoch end with a look at how many poems are in form?"""
-        asked = self.config.sample_every != 0 and is_finite(self.step.optimizer.working)
-        return asked and due(self.done, self.order.steps, None)
-
     def _sample(self) -> None:
         """A few poems from the weights as they are, once a step. A signal that comes meanwhile is the loop's to answer."""
         samples = self.samples
@@ -351,7 +304,7 @@ class Loop:
                 "or go on past these poems with --resume"
             )
 
-    def _end_epoch(self, stop: StopRequest) -> bool:
+    def _end_epoch(self) -> bool:
         """Validate, write the epoch's row, start the next one's sums. False where a signal stopped that, to be done again."""
         trained = self.step.totals()
         row: dict[str, Any] = {"event": "epoch", "step": self.done, "epoch": -(-self.done // self.order.steps)}
@@ -364,7 +317,8 @@ class Loop:
             except Told:
                 return False
             row |= {"val_loss": found.loss, "val_accuracy": found.accuracy}
-        if (samples := self.samples) is not None and not samples.broken and self._is_measured():
+        samples = self.samples if self.calendar.is_measured(self.done) else None
+        if samples is not None and not samples.broken and is_finite(self.step.optimizer.working):
             try:
                 with self.voice.phase("writing a few poems"):
                     row |= samples.shares()
@@ -386,18 +340,9 @@ class Loop:
         self._hear()
         return True
 
-    def _is_due(self) -> bool:
-        """Does this step have a checkpoint, whenever it comes?"""
-        every = self.config.save_every
-        return bool((every and self.done % every == 0) or self.done % self.order.steps == 0) or self.is_over
-
+    @property
     def _is_time(self) -> bool:
-        """Has no checkpoint been written for long? By the clock, so that it costs little, and which step it is makes no difference to any."""
-        return (
-            self.config.save_every is None
-            and not self.saver.busy
-            and time.monotonic() - self.saver.ended >= SAVE_SECONDS
-        )
+        return self.config.save_every is None and self.saver.is_time
 
     def save(self, *, passing: bool = False, last: bool = False, again: bool = False) -> None:
         """Begin to write a checkpoint of the state after `done` steps: three copies at memory speed here, the rest in another thread.
@@ -408,66 +353,25 @@ class Loop:
             self.saver.wait()
         self._saved_at = (self.done, self._epoch_due)
         if not again:
-            self._agree()
-        if not self.world.is_first:
-            return
-        tensors, state, done = self.train_state.copy(), {**self.state(), "passing": passing}, self.done
-
-        def job() -> None:
-            host = tensors()
-            checkpoint.refuse_non_finite(host)
-            with suppress(OSError):  # the state names a place in it
-                disk.flush(self.metrics.path)
-            checkpoint.write(self.folder, done, host, self.beside, state, self.config.keep, self.hold)
-
-        then = "" if last else "; training goes on and tries again at the next checkpoint"
-        self.saver.start(f"the checkpoint of step {done}", job, then=then)
-
-    def _agree(self) -> None:
-        """Wait for the first process, compare the weights of all with its, and give it what of them is only others'. Raises Ended where they
-        differ."""
-        self.world.meet()
-        is_copied = self.world.size > 1 and not isinstance(self.step.optimizer, FullySharded)
-        if is_copied and (wrong := self.world.differing(self.step.optimizer.working)):
-            raise Ended(
-                f"step {self.done}: the weights of process {', '.join(map(str, wrong))} differ from those of process 0, so this step has no "
-                "checkpoint; --resume goes on from the newest"
-            )
-        self.train_state.collect(self.world)
+            saving.agree(self.done, self.train_state, self.step.optimizer, self.world)
+        if self.world.is_first:
+            self.saver.start(self.done, self.train_state.copy(), {**self.state(), "passing": passing}, last=last)
 
     def _finish_saving(self, stop: StopRequest) -> None:
-        """Until the last checkpoint is on the disk. A finished run that the disk refuses waits for somebody to mend that."""
+        """Until the last checkpoint is on the disk, or it is in vain to wait for that. Raises Diverged, NotSaved, or what the caller raised."""
         if not self.world.is_first:
             return
-        with self.voice.phase("writing the last checkpoint"):
-            self.saver.wait()
-        self.metrics.flush()
-        for _ in range(PATIENCE):
-            if self.saver.error is None or not self.saver.by_the_disk:
-                break
-            if self._raised is not None or self.world.is_asked_to_stop():
-                break
-            self.voice.say(f"trying again in {RETRY_SECONDS:.0f} s: make room in {self.folder}, or stop with Ctrl-C")
-            stop.wait(RETRY_SECONDS)
-            self.save(last=True, again=True)
-            self.saver.wait()
-            self.metrics.flush()
+        again = partial(self.save, last=True, again=True)
+        is_over = lambda: self._raised is not None or self.world.is_asked_to_stop()
+        saving.finish(self.saver, self.metrics, self.voice, stop, again, is_over)
         if self._raised is not None and (self.saver.error is not None or self.metrics.error is not None):
             raise self._raised
-        if self.saver.error is not None:
-            saved = checkpoint.newest_whole(self.folder)
-            newest = f"the newest checkpoint is {saved}" if saved else "no checkpoint was ever written"
-            if not self.saver.by_the_disk:
-                raise Diverged(f"{self.saver.error}; {newest}; start again with a lower --lr")
-            mend = "go on from there with --resume" if saved else "start again"
-            raise NotSaved(f"{self.saver.error}; {newest}: make room and {mend}")
-        if self.metrics.error is not None:
-            raise NotSaved(f"{self.metrics.error}; the checkpoint of step {self.done} is complete")
+        saving.insist(self.done, self.saver, self.metrics)
 
     def state(self) -> dict[str, Any]:
         """Everything else. Two places in metrics.jsonl: a longer run would not have had the last row of one that max_steps cuts short,
         and tells in its next one what that row told."""
-        cut_short = self.done == self.last_step and not self._is_regular(self.done)
+        cut_short = self.done == self.last_step and not self.calendar.is_logged(self.done)
         return {
             **self.tally.state(without_last=cut_short),
             "epoch_due": self._epoch_due,
@@ -475,27 +379,21 @@ class Loop:
             "best": self.best.state(),
             "metrics": self.metrics.mark(without_last=cut_short),
             "metrics_at_the_end": self.metrics.mark(),
-            "length": self.length,
-            "warmup": self.warmup,
+            "length": self.calendar.length,
+            "warmup": self.calendar.warmup,
             "arithmetic": self.arithmetic,
             "identity": self.identity,
         }
-
-    def _is_regular(self, step: int) -> bool:
-        """Is this a step that is logged however long the run is?"""
-        return step == 1 or step % self.config.log_every == 0 or step % self.order.steps == 0
 
 
 def check_state(state: Mapping[str, Any]) -> None:
     """Raises Damaged for what `Loop.state` cannot have written."""
     count = lambda value: type(value) is int and value >= 0
-    mark = lambda value: isinstance(value, list) and len(value) == 2 and count(value[0]) and isinstance(value[1], str)
     fits = (
         tally.fits(state)
         and best.fits(state)
         and type(state.get("epoch_due")) is bool
-        and mark(state.get("metrics"))
-        and mark(state.get("metrics_at_the_end"))
+        and metrics.fits(state)
         and isinstance(state.get("length"), str)
         and count(state.get("warmup"))
         and isinstance(state.get("arithmetic"), str)

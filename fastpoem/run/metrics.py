@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -107,6 +107,15 @@ class Metrics:
         disk.write_bytes(made, b"".join(map(_line, self.rows)))
         os.replace(made, self.path)
         return os.open(self.path, os.O_RDWR)
+
+
+def fits(state: Mapping[str, Any]) -> bool:
+    """Can the marks in a state have been written?"""
+    marks = state.get("metrics"), state.get("metrics_at_the_end")
+    return all(
+        isinstance(mark, list) and len(mark) == 2 and type(mark[0]) is int and mark[0] >= 0 and isinstance(mark[1], str)
+        for mark in marks
+    )
 
 
 def _line(row: dict[str, Any]) -> bytes:

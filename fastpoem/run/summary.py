@@ -61,7 +61,7 @@ def before(
     epochs = loop.last_step / order.steps
     steps = [say("{0} epochs" if epochs != 1 else "1 epoch", f"{epochs:.3g}"), _steps(say, loop.last_step)]
     steps.append(say("learning rate {0:.2g}, {1}", config.lr, config.schedule))
-    steps += [say("warm-up {0:,} steps", loop.warmup)] if loop.warmup else []
+    steps += [say("warm-up {0:,} steps", loop.calendar.warmup)] if loop.calendar.warmup else []
     device = [name_of(loop.device, say), say("in {0} ({1})", str(dtype)[6:], say(why))]
     if loop.world.size > 1:
         divided = "{0} processes, which divide the poems"

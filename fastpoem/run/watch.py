@@ -25,6 +25,10 @@ class Spike(NamedTuple):
     mean: float
     z: float
 
+    @property
+    def told(self) -> str:
+        return f"step {self.step}: loss {self.loss:.4f} is {self.z:.1f} standard deviations above the mean of the steps before, {self.mean:.4f}"
+
 
 class Watch:
     """`losses` (n,) float32 on the device, the newest at the end, `count` of them not yet looked at; and the window of finite ones before."""

@@ -105,7 +105,7 @@ def observe(loop: Loop, tape: Tape) -> list[Step]:
         one_step()
         log = tape.take()
         made, compiled, new = (now - then for now, then in zip((blocks(), forms(), shapes()), before, strict=True))
-        speaks = loop._is_regular(loop.done) or loop.done == loop.last_step or loop.tally.watch.count == 0
+        speaks = loop.calendar.is_logged(loop.done) or loop.done == loop.last_step or loop.tally.watch.count == 0
         offset = int(rng_state(loop.device).view(torch.int64)[1])
         steps.append(Step(log, made, compiled, speaks, new > 0, offset))
 
