@@ -317,7 +317,9 @@ def run_command(main: Callable[[], int | None]) -> None:
     except OSError as error:
         print(f"fastpoem: what it says could not be written ({error.strerror})", file=sys.stderr)
         code = code or 1
-    if not code:  # all was done, but whoever sent a signal is told that it came
+    if (
+        not code and rank() == 0
+    ):  # all was done, but whoever sent a signal is told that it came; torchrun would take it for a failure of all
         _leave_if_told()
     sys.exit(code or 0)
 

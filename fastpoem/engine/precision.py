@@ -15,9 +15,7 @@ from fastpoem.engine import cards
 from fastpoem.errors import InputError
 from fastpoem.model.gpt2 import GPT2Config
 
-MARGIN = (
-    1.2  # times as fast as fp32 bf16 has to multiply: a step gains less than its products, and noise must not decide
-)
+MARGIN = 1.2  # times as fast as fp32 bf16 has to multiply, as a step gains less and noise must not decide
 WORTH = 20e9  # FLOPs of a step's products below which there are only milliseconds to win, and noise decides
 ROUNDS, SECONDS = 9, 0.5
 
