@@ -518,7 +518,7 @@ def test_a_signal_when_all_is_done_with_stdout_closed(rank, ends):
     """As of `>&-`, where Python has no sys.stdout. Whoever sent it is told; but one of several processes does not make the others' run fail."""
     script = "import os, signal; from fastpoem.cli import run_command; run_command(lambda: os.kill(os.getpid(), signal.SIGTERM))"
     line = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)} >&-"
-    environment = ENVIRONMENT | {"RANK": rank}
+    environment = ENVIRONMENT | {"RANK": rank, "WORLD_SIZE": "2"}
     done = subprocess.run(["sh", "-c", line], env=environment, stderr=subprocess.PIPE, text=True, timeout=600)
     assert (done.returncode, done.stderr) == ends
 
