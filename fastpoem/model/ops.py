@@ -109,11 +109,12 @@ class Embed(torch.autograd.Function):
         # In float32 whatever the dtype: a comma comes a hundred times in a batch.
         if gradient.dtype == torch.float32:
             gradient.index_add_(0, ids, rows)
-        elif gradient.is_cpu:  # few of the vocabulary's rows; a GPU would have to be waited for
-            there, number = ids.unique(return_inverse=True)
-            gradient[there] = gradient[there].float().index_add_(0, number, rows.float()).to(gradient.dtype)
-        else:
-            gradient.copy_(gradient.float().index_add_(0, ids, rows.float()))
+        else:  # each id's sum at one of its places, whichever; no copy of the whole vocabulary's rows
+            numbers = torch.arange(len(ids), device=ids.device)
+            place = ids.new_empty(len(gradient)).scatter_(0, ids, numbers).index_select(0, ids)  # (N,)
+            total = torch.zeros_like(rows, dtype=torch.float32).index_add_(0, place, rows.float())
+            sums = gradient.index_select(0, ids).float() + total.index_select(0, place)
+            gradient.index_copy_(0, ids, sums.to(gradient.dtype))
         places = ctx.places.main_grad.zero_()
         if ctx.positions is None:
             torch.sum(dy, 0, out=places[: dy.shape[1]])
