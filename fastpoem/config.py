@@ -126,7 +126,7 @@ class TrainConfig:
     """Tokens of a poem, [CLS] and [SEP] included; what is longer is cut. None: 512, or the model's positions if they are fewer."""
     batching: Literal["auto", "bucket", "pack", "pad"] = "auto"
     """pack: random poems without padding. bucket: poems of like length, padded to the longest. pad: random poems, padded to the longest.
-    auto: pack where attention inside packed batches is fast, on a CPU in fp32 with gcc and on a GPU with the flash kernel; else bucket."""
+    auto: pack where attention inside packed batches is fast, on a CPU with gcc and on a GPU with the flash kernel; else bucket."""
     buckets: int | None = None
     """Length buckets of the token store. None: 32, of which --batching bucket takes several together where the text is small."""
     shuffle: bool = True

@@ -161,7 +161,7 @@ def test_the_low_precision_copy_is_the_rounded_weights():
     flat.assert_equal()
 
 
-def test_a_bfloat16_gradient_is_widened_exactly():
+def test_a_bfloat16_gradient_moves_what_it_does_in_float32():
     length = 9000 if INTERPRETED else 1_100_000  # more than one piece of the CPU form
     narrow, wide = Flat(length), Flat(length)
     for _ in range(3):

@@ -94,6 +94,14 @@ def test_layer_norm(rows, width, seed, shift):
     rounded_once(dbias, exact[2].grad, least=math.sqrt(rows))
 
 
+def test_layer_norm_of_what_is_too_large_is_no_number():
+    for x in (torch.full((1, 8), 3e19), torch.tensor([[1.0, math.inf]]), torch.tensor([[1.0, math.nan]])):
+        x = (x * torch.tensor([1.0, -1.0]).repeat(x.shape[1] // 2)).to(HALF)
+        one, y, stats = torch.ones(x.shape[1], dtype=HALF), torch.empty_like(x), torch.empty(1, 2)
+        native.run("layer_norm", x, one, one, y, stats, 1, x.shape[1], 1e-5)
+        assert y.isnan().all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 130), min_size=1, max_size=4).filter(any), st.integers(1, 3), st.integers(1, 70), SEEDS)
 def test_attention(lengths, heads, width, seed):

@@ -1,7 +1,10 @@
-"""tiles.c against products in float64: on AMX where this processor has it, and on tiles in plain C everywhere (pretend_tiles.h), whose
-blocks are the real ones or so small that every product has several of each kind."""
+"""tiles.c against products in float64: on AMX where this processor has it, and with AMX's instructions carried out in C everywhere
+(pretend_tiles.c), in the real blocks and in ones so small that every product has several of each kind."""
 
 import math
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,12 @@ from hypothesis import strategies as st
 from fastpoem.engine.optim import FlatAdamW
 from fastpoem.model.gpt2 import GPT2, GPT2Config
 
-pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
-STAND_IN = Path(__file__).with_name("pretend_tiles.h")
-BUILDS = {"AMX": "", "in plain C": f" -include {STAND_IN}"}
-BUILDS["in small blocks"] = BUILDS["in plain C"] + " -DBLOCK=20480 -DGROUP=8192 -DMOST=3 -DDEEP=2"
+pytestmark = [
+    pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not())),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the tiles are Intel's"),
+]
+PRETEND = f" -mamx-tile -mamx-bf16 -DPRETEND {Path(__file__).with_name('pretend_tiles.c')}"
+BUILDS = {"AMX": "", "pretended": PRETEND, "small blocks": PRETEND + " -DBLOCK=20480 -DGROUP=8192 -DMOST=3 -DDEEP=2"}
 SIDES = st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 47, 64, 65, 100, 130])
 
 
@@ -27,6 +32,7 @@ def tiles(request, tmp_path_factory):
         if request.param != "AMX":
             patch.setattr(native, "COMPILE", native.COMPILE + BUILDS[request.param])
             patch.setattr(native, "_folder", tmp_path_factory.mktemp("tiles"))
+            patch.setattr(products, "_has_amx", lambda: True)
             forget()
         if request.param == "AMX" and not products.has_tiles():
             pytest.skip("this processor has no AMX")
@@ -115,3 +121,28 @@ def test_a_model_learns_on_tiles_what_it_learns_without(tiles, monkeypatch):
     assert abs(loss - expected) < 1e-3 * expected
     assert not torch.equal(gradient, without)
     assert (gradient - without).norm() < 0.01 * without.norm()
+
+
+def test_it_compiles_for_a_processor_that_has_all_of_it():
+    """What this one has not, gcc does not see here."""
+    compiler = shutil.which("gcc")
+    command = [
+        compiler,
+        *native.COMPILE.replace("native", "sapphirerapids").split(),
+        "-fsyntax-only",
+        "-DHALF=1",
+        "-Werror",
+    ]
+    files = [str(file) for file in native.SOURCES if file.suffix == ".c"]
+    done = subprocess.run([*command, *files], capture_output=True, text=True)
+    if "sapphirerapids" in done.stderr:
+        pytest.skip("a gcc that does not know AMX")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_processor_without_amx_compiles_nothing_to_find_out(monkeypatch):
+    monkeypatch.setattr(products, "_has_amx", lambda: False)
+    monkeypatch.setattr(native, "_loaded", lambda half: pytest.fail("compiled"))
+    products.has_tiles.cache_clear()
+    assert not products.has_tiles()
+    products.has_tiles.cache_clear()

@@ -1,7 +1,7 @@
 """Which batches a run takes where the user leaves it open: packed ones of random poems wherever attention inside packs is as fast as rows.
 
 Packed batches hold no padding and are drawn at random, which teaches a little more than batches of like length do (docs/log.md). Everything
-but attention is indifferent to them. Attention has C for them on a CPU, in float32, and the variable-length flash kernel on a GPU; elsewhere
+but attention is indifferent to them. Attention has C for them on a CPU, and the variable-length flash kernel on a GPU; elsewhere
 it would unfold them to rows as long as the longest of 16, and batches of like length are faster.
 """
 

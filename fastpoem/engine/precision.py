@@ -124,14 +124,14 @@ def _probe(rows: int, wide: int, inner: int) -> list[float]:
         return time.thread_time() - begin
 
     full, half = operands(torch.float32), operands(torch.bfloat16)
-    threads, begin, ratios = torch.get_num_threads(), time.perf_counter(), []
+    threads, ratios = torch.get_num_threads(), list[float]()
     torch.set_num_threads(1)
     try:
-        for number in range(ROUNDS + 1):
-            ratio = seconds(*full) / seconds(*half)
-            if number:  # the first loads code and touches memory
-                ratios.append(ratio)
-            if ratios and time.perf_counter() - begin > SECONDS:
+        seconds(*full), seconds(*half)  # which compiles and loads code, and touches memory
+        begin = time.perf_counter()
+        for _ in range(ROUNDS):
+            ratios.append(seconds(*full) / seconds(*half))
+            if time.perf_counter() - begin > SECONDS:
                 break
     finally:
         torch.set_num_threads(threads)

@@ -1,5 +1,5 @@
 """The pieces of the network whose backward pass is written here: the eager CPU step is made of them,
-in float32 where gcc is with `fastpoem.model.fused` in place of some.
+where gcc is with `fastpoem.model.fused` in place of some.
 
 Autograd's own pieces are right but, on a CPU, spend a third of a step beside the matrix products. What is different here:
 

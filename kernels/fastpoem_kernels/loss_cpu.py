@@ -1,6 +1,6 @@
-"""Cross-entropy on the CPU: few passes over the logits, in their own memory: native.c's for float32, else in plain vectorised PyTorch.
+"""Cross-entropy on the CPU: few passes over the logits, in their own memory: native.c's where it is there, else in plain vectorised PyTorch.
 
-`F.cross_entropy`, `argmax` and backward allocate three tensors of the logits' size, much of their time page faults, and `argmax`
+Without it: `F.cross_entropy`, `argmax` and backward allocate three tensors of the logits' size, much of their time page faults, and `argmax`
 does not vectorise: a single maximum is ten times faster, and only rows whose target reaches it need a second look. Float32
 logits are overwritten whole; what needs a float32 copy (another dtype, or logits to be left alone) is copied a slice at a time.
 

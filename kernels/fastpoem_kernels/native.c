@@ -199,7 +199,7 @@ void layer_norm(const real *restrict x, const real *restrict weight, const real 
         float mean = sum / (float)width;
 #pragma omp simd reduction(+ : squares)
         for (size j = 0; j < width; j++) squares += (get(a[j]) - mean) * (get(a[j]) - mean);
-        float factor = 1.0f / sqrtf(squares / (float)width + eps);
+        float factor = squares < INFINITY ? 1.0f / sqrtf(squares / (float)width + eps) : NAN; /* or a run that diverged would look whole */
         stats[2 * i] = mean, stats[2 * i + 1] = factor;
 #pragma omp simd
         for (size j = 0; j < width; j++) b[j] = put((get(a[j]) - mean) * factor * get(weight[j]) + get(bias[j]));

@@ -1,6 +1,6 @@
 """The C of this folder, compiled for this processor when it is first wanted and kept: what a step on a CPU uses where it can.
 
-There is a library for float32 tensors and one for bfloat16, of the same source. gcc is needed once for each and takes about two seconds; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
+There is a library for float32 tensors and one for bfloat16, of the same source. gcc is needed once for each and takes some seconds; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
 shares PyTorch's OpenMP threads: with a pool of its own the two would wait for the same cores.
 """
 

@@ -4,7 +4,9 @@ There oneDNN, which PyTorch calls, makes the products of a small GPT-2 at a thir
 operand is transposed (every weight's gradient), and a result of 768 columns is made by one thread.
 """
 
+import sys
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,4 +41,12 @@ def uses_tiles(t: Tensor) -> bool:
 @cache
 def has_tiles() -> bool:
     """Has this processor AMX, may this process use it, and is the C there?"""
-    return native.why_not(torch.bfloat16) is None and native.run("has_tiles", dtype=torch.bfloat16) == 1
+    if (
+        not _has_amx() or native.why_not(torch.bfloat16) is not None
+    ):  # in this order: what is not used need not be compiled
+        return False
+    return native.run("has_tiles", dtype=torch.bfloat16) == 1
+
+
+def _has_amx() -> bool:
+    return sys.platform == "linux" and "amx_bf16" in Path("/proc/cpuinfo").read_text()

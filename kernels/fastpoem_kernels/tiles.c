@@ -103,6 +103,7 @@ static void configure(void) {
         uint8_t rows[16];
     } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.rows[i] = 16;
+    __asm__ volatile("" : : "r"(&tiles) : "memory"); /* gcc's _tile_loadconfig says that it reads eight bytes (its PR 114098) */
     _tile_loadconfig(&tiles);
 }
 
@@ -152,6 +153,9 @@ static inline void rounded(real *restrict to, const float *restrict from, size c
     for (size i = j; i < columns; i++) to[i] = put(from[i]);
 }
 
+/* Parts of n that are no larger than `part`, and nearly equal. */
+static inline size even(size n, size part) { return parts_of(n, parts_of(n, part)); }
+
 /* How a product is divided: how many strips, panels and steps along K it has, and how many of them are packed at a time. */
 typedef struct {
     size strips, panels, steps, high, wide, deep;
@@ -166,6 +170,7 @@ static blocks blocks_of(size m, size n, size k, int packs_a) {
             of.deep = most(pairs / panels, 1);
     }
     if (packs_a) of.high = least(of.high, most(pairs / of.deep, 1));
+    of.wide = even(panels, of.wide), of.deep = even(steps, of.deep), of.high = even(strips, of.high);
     return of;
 }
 
@@ -232,7 +237,7 @@ void product(const real *restrict a, size a_row, size a_column, const real *rest
                         size top = s0 + task % down * strips / down, bottom = s0 + (task % down + 1) * strips / down;
                         for (size s = top; s < bottom; s++) {
                             int in_place = !packs_a && s < whole_strips, kept = of.deep < of.steps;
-                            size row = kept ? of.wide * SIDE : MOST * SIDE, part = parts_of(deep, parts_of(deep, DEEP));
+                            size row = kept ? of.wide * SIDE : MOST * SIDE, part = even(deep, DEEP);
                             float *sums = kept ? (float *)(scratch + at.sums) + s * SIDE * row + from * SIDE
                                                : (float *)(scratch + at.strips) + omp_get_thread_num() * MOST * SIDE * SIDE;
                             for (size i = 0, j; i < deep; i = j) {
@@ -265,7 +270,7 @@ void product(const real *restrict a, size a_row, size a_column, const real *rest
 
 /* May this process use the tiles, and do they multiply? */
 size has_tiles(void) {
-#ifndef TILES_STAND_IN
+#ifndef PRETEND /* the tests bring their own, for processors that have none */
     if (syscall(SYS_arch_prctl, 0x1023, 18)) return 0; /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
 #endif
     _Alignas(64) real a[SIDE * SIDE], b[SIDE * SIDE];
