@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed.run
 
-from fastpoem import disk
+from fastpoem import disk, signals
 from fastpoem.config import from_kwargs
 from fastpoem.engine import world
 from fastpoem.run import saving
@@ -129,6 +129,7 @@ def torchrun(job: dict) -> int:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)  # torchrun's own are there
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signals.MOMENT = 10.0  # where one of them ends, forked ones are sent two: by torch.multiprocessing, and by torchrun as always
         (processes / os.environ["RANK"]).write_text(str(os.getpid()))
         begin = 1 + (words[1] == "-m")  # words[0] is -u
         sys.argv = [*words[begin:]]
