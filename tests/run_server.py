@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -102,15 +103,8 @@ def child(job: dict) -> int:
     config = from_kwargs(**job["settings"])
     if job.get("fault"):
         arm(job["fault"])
-    try:
-        run = fit(config)
-        return 128 + run.stopped_by if run.stopped_by else 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    run = fit(config)
+    return 128 + run.stopped_by if run.stopped_by else 0
 
 
 def torchrun(job: dict) -> int:
@@ -147,9 +141,14 @@ def torchrun(job: dict) -> int:
         return launch(config, process)
 
     torch.distributed.run.elastic_launch = forked
+    torch.distributed.run.main(job["torchrun"])
+    return 0
+
+
+def status(run: Callable[[dict], int], job: dict) -> int:
+    """What `run` returns; 1 for whatever it raises, after the traceback."""
     try:
-        torch.distributed.run.main(job["torchrun"])
-        return 0
+        return run(job)
     except BaseException:
         traceback.print_exc()
         return 1
@@ -165,6 +164,6 @@ if __name__ == "__main__":
             import torch.distributed.fsdp  # here, and not two seconds in each process
         pid = os.fork()
         if pid == 0:
-            os._exit(torchrun(job) if "torchrun" in job else child(job))
+            os._exit(status(torchrun if "torchrun" in job else child, job))
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)

@@ -1,7 +1,8 @@
 """The C of this folder, compiled for this processor when it is first wanted and kept: what a step on a CPU uses where it can.
 
-There is a library for float32 tensors and one for bfloat16, of the same source. gcc is needed once for each and takes some seconds; without it, or off Linux, PyTorch's own operators do the same work more slowly. The library
-shares PyTorch's OpenMP threads: with a pool of its own the two would wait for the same cores.
+There is a library for float32 tensors and one for bfloat16, of the same source. gcc is needed once for each and takes some seconds; without
+it, or off Linux, PyTorch's own operators do the same work more slowly. The libraries share PyTorch's OpenMP threads: with a pool of their
+own the two would wait for the same cores.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ def _suits(t: Tensor) -> bool:
 
 def run(name: str, *arguments: Tensor | float, dtype: torch.dtype | None = None) -> int:
     """Call a function of the C with tensors (their memory), numbers (int as int64, float as float32) and PyTorch's number of threads.
-    It is the one for `dtype`, None: for bfloat16 if any of the tensors is."""
-    half = dtype or next((a.dtype for a in arguments if isinstance(a, Tensor) and a.dtype == torch.bfloat16), None)
-    function = getattr(_loaded(half == torch.bfloat16), name)
+    It is the one for bfloat16 where `dtype` or any of the tensors is."""
+    half = any(a.dtype == torch.bfloat16 for a in arguments if isinstance(a, Tensor)) or dtype == torch.bfloat16
+    function = getattr(_loaded(half), name)
     function.restype = ctypes.c_int64  # ctypes takes a result for an int, and a size need not fit one
     result: int = function(*map(_as_c, arguments), torch.get_num_threads())
     return result

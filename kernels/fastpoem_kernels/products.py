@@ -40,10 +40,8 @@ def uses_tiles(t: Tensor) -> bool:
 
 @cache
 def has_tiles() -> bool:
-    """Has this processor AMX, may this process use it, and is the C there?"""
-    if (
-        not _has_amx() or native.why_not(torch.bfloat16) is not None
-    ):  # in this order: what is not used need not be compiled
+    """Has this processor AMX, may this process use it, and is the C there? Asked in this order: what is not used need not be compiled."""
+    if not _has_amx() or native.why_not(torch.bfloat16) is not None:
         return False
     return native.run("has_tiles", dtype=torch.bfloat16) == 1
 

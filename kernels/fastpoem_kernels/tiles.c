@@ -227,9 +227,8 @@ void product(const real *restrict a, size a_row, size a_column, const real *rest
                             pack_a(scratch + at.a + i * PAIR, left, (s0 + i / deep) * SIDE, (k0 + i % deep) * SIDE);
                     }
                     /* A task is some strips of some panels: panels that a second cache has room for, as many tasks for each thread. */
-                    size across = parts_of(panels, most(least(GROUP / (deep * PAIR), MOST), 1)), down = least(threads, strips);
-                    while (down > 1 && across * (down - 1) % threads == 0) down--;
-                    if (across % threads == 0) down = 1;
+                    size across = parts_of(panels, most(least(GROUP / (deep * PAIR), MOST), 1)), down = 1;
+                    while (down < least(threads, strips) && across * down % threads) down++;
 #pragma omp barrier
 #pragma omp for schedule(dynamic)
                     for (size task = 0; task < across * down; task++) {
